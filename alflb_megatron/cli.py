@@ -1,0 +1,89 @@
+"""`alflb`: a thin front over `alflb_megatron.runs`."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import sys
+import warnings
+from collections.abc import Sequence
+from typing import Any, NoReturn
+
+from alflb_megatron import __version__
+from alflb_megatron.config import PREFIX, ALFConfig
+from alflb_megatron.models import ModelShape
+from alflb_megatron.runs import launch
+from alflb_megatron.runs.job import Job, Plan, resolve
+from alflb_megatron.settings import SettingError, add_flags, given_flags
+
+
+class _Parser(argparse.ArgumentParser):
+    """An argument parser whose errors are one line."""
+
+    def error(self, message: str) -> NoReturn:
+        text = re.sub(r"^argument ", "", message)
+        self.exit(2, f"{self.prog}: {text} (see {self.prog} --help)\n")
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line, every flag generated from the dataclass that holds it."""
+    top = _Parser(prog="alflb", description="Auxiliary-loss-free load balancing for Megatron-Core.", allow_abbrev=False)
+    top.add_argument("--version", action="version", version=f"alflb {__version__}")
+    commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=_Parser)
+    train = commands.add_parser("train", help="train a DeepSeekMoE with Megatron-Core and watch its balance", allow_abbrev=False)
+    add_flags(train.add_argument_group("job"), Job)
+    add_flags(train.add_argument_group("model (over the preset)"), ModelShape)
+    add_flags(train.add_argument_group("how the expert bias moves"), ALFConfig, PREFIX, skip=("rule",))
+    train.set_defaults(run=_train)
+    return top
+
+
+def plan_of(arguments: argparse.Namespace) -> Plan:
+    """The checked plan of `alflb train`'s arguments; under an outer launcher its number of ranks is the job's."""
+    job = given_flags(arguments, Job)
+    if launch.under_a_launcher():
+        world = launch.world_size()
+        if job.setdefault("nproc", world) != world:
+            raise SettingError("--nproc", job["nproc"], f"must be left out under a launcher, or be its {world} ranks")
+    return resolve(job, given_flags(arguments, ModelShape), given_flags(arguments, ALFConfig, PREFIX))
+
+
+def _train(arguments: argparse.Namespace, argv: Sequence[str]) -> int:
+    plan = plan_of(arguments)
+    if not launch.under_a_launcher():
+        if plan.job.nproc > 1:
+            return launch.launch(argv, plan.job.nproc)
+        launch.as_single_rank()
+    warnings.filterwarnings("ignore")  # Megatron-Core's advice about packages that a CPU does not have
+    from alflb_megatron.runs.train import train
+
+    summary = train(plan)
+    if summary and plan.job.json:
+        import json
+
+        print(json.dumps(summary))
+    elif summary:
+        print(
+            f"validation loss {summary['validation_loss']:.4f}  MaxVio_global {summary['maxvio_global_mean']:.4f}  "
+            f"MaxVio of the last 50 steps {summary['maxvio_last50']:.4f}  {summary['run']}"
+        )
+    return 0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command; returns the exit code: 0, 2 for a setting that cannot work, 1 for a failed run."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    try:
+        arguments: Any = parser().parse_args(words)
+        return int(arguments.run(arguments, words))
+    except SettingError as error:
+        if os.environ.get("RANK", "0") == "0":
+            print(f"alflb: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""One file a host. Each imports its host when it is first used, and hides what differs between its versions."""

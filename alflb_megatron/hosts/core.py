@@ -1,0 +1,310 @@
+"""Megatron-Core: how a layer gets our router, and how the balancer is called once per global batch.
+
+Two ways. *Explicit*: `with_alflb` puts the router into a layer spec and `install` wraps
+`config.finalize_model_grads_func`; nothing of Megatron's is changed. *One line*: `enable` does both for every model
+built afterwards, whoever builds it, and `disable` takes it back.
+
+Every line that depends on the version of Megatron-Core is in this file. Read against 0.16.1 and 0.19.2.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import inspect
+import logging
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.dist_checkpointing.strategies import torch as torch_dist
+from megatron.core.distributed import finalize_model_grads
+from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
+from megatron.core.transformer.moe.router import TopKRouter
+from megatron.core.transformer.spec_utils import ModuleSpec
+from torch import nn
+
+from alflb_megatron.balancer import Balancer
+from alflb_megatron.config import ALFConfig
+from alflb_megatron.loads import LoadWindow
+from alflb_megatron.router import STATE_PREFIX, ALFRouter
+from alflb_megatron.settings import SettingError
+
+logger = logging.getLogger(__name__)
+
+# `megatron.core.distributed.finalize_model_grads` is the function; the module of that name is reached through sys.modules.
+_finalize_module = sys.modules["megatron.core.distributed.finalize_model_grads"]
+
+if "router" not in {field.name for field in dataclasses.fields(MoESubmodules)}:
+    raise ImportError("alflb_megatron needs megatron-core >= 0.16: this one builds its router by name")
+
+
+# -- the router in a layer spec ------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class RouterBuilder:
+    """What `MoESubmodules.router` holds: builds an `ALFRouter` for each MoE layer."""
+
+    alf: ALFConfig
+
+    def __call__(self, *, config: Any, pg_collection: Any = None, **host_kwargs: Any) -> ALFRouter:
+        known = inspect.signature(TopKRouter.__init__).parameters  # `is_mtp_layer` came with 0.17
+        host_kwargs = {name: value for name, value in host_kwargs.items() if name in known}
+        return ALFRouter(config, pg_collection, alf=self.alf, **host_kwargs)
+
+
+def with_alflb(spec: Any, alf: ALFConfig | None = None, *, required: bool = True) -> Any:
+    """A copy of `spec` in which every MoE layer has an `ALFRouter`.
+
+    Args:
+        spec: a layer spec, a decoder block (`TransformerBlockSubmodules`), an MTP block or any spec that holds MoE
+            layers, as ModuleSpec (0.16) or functools.partial (from 0.17 on). It is left as it is.
+        alf: how the bias moves; default `ALFConfig()`.
+        required: whether there has to be an MoE layer in `spec` (a pipeline stage may have none).
+
+    Raises:
+        ValueError: there is no MoE layer in `spec` though one is required, or one has a router other than Megatron-Core's.
+    """
+    found: list[MoESubmodules] = []
+    copy = _rebuild(spec, RouterBuilder(alf or ALFConfig()), found)
+    if required and not found:
+        raise ValueError(f"no MoE layer in this {type(spec).__name__}: with_alflb has nothing to balance")
+    return copy
+
+
+def _rebuild(node: Any, router: RouterBuilder, found: list[MoESubmodules]) -> Any:
+    """Copies along the way to each `MoESubmodules`; whatever holds none is returned itself."""
+    if isinstance(node, MoESubmodules):
+        found.append(node)
+        if isinstance(node.router, RouterBuilder) or node.router is TopKRouter:
+            return dataclasses.replace(node, router=router)
+        raise ValueError(f"the MoE layer has a router of its own, {node.router}; ALF-LB takes the place of TopKRouter only")
+    if isinstance(node, functools.partial):
+        kwargs = {name: _rebuild(value, router, found) for name, value in node.keywords.items()}
+        same = all(kwargs[name] is value for name, value in node.keywords.items())
+        return node if same else functools.partial(node.func, *node.args, **kwargs)
+    if isinstance(node, list | tuple):
+        items = [_rebuild(item, router, found) for item in node]
+        return node if all(a is b for a, b in zip(items, node, strict=True)) else type(node)(items)
+    if isinstance(node, ModuleSpec) or (dataclasses.is_dataclass(node) and not isinstance(node, type)):
+        changes = {}
+        for field in dataclasses.fields(node):
+            value = getattr(node, field.name)
+            new = _rebuild(value, router, found)
+            if new is not value:
+                changes[field.name] = new
+        return dataclasses.replace(node, **changes) if changes else node
+    return node
+
+
+# -- the update, once per global batch -----------------------------------------------------------------------------------
+
+_BALANCERS: WeakKeyDictionary[nn.Module, Balancer] = WeakKeyDictionary()
+
+
+def balancer_of(model: Sequence[nn.Module]) -> Balancer:
+    """The balancer of a model given as the list of its chunks, as Megatron's schedules hand it to `finalize`."""
+    balancer = _BALANCERS.get(model[0])
+    if balancer is None:
+        named = [item for chunk in model for item in chunk.named_modules() if hasattr(item[1], "load_window")]
+        seats = [module for _, module in named]
+        layers = [_layer_of(name, module) for name, module in named]
+        balancer = _BALANCERS[model[0]] = Balancer(seats, layers, _group_of(seats))
+    return balancer
+
+
+def _layer_of(name: str, router: Any) -> int:
+    """A router's layer, from 1. Megatron-Core numbers MTP layers from 1 again; here they follow the decoder's."""
+    after = router.config.num_layers if ".mtp." in f".{name}" else 0
+    return after + (router.layer_number or 0)
+
+
+def _group_of(seats: Sequence[Any]) -> dist.ProcessGroup | None:
+    wanted = {seat.alf.reduce_group for seat in seats if seat.alf is not None} or {"tp_cp_dp"}
+    if len(wanted) > 1:
+        raise SettingError("--alflb-reduce-group", " and ".join(sorted(wanted)), "must be the same in all layers")
+    if wanted == {"tp_cp_dp"}:
+        return seats[0].tp_dp_cp_group if seats else None
+    if seats[0].config.sequence_parallel and seats[0].config.tensor_model_parallel_size > 1:
+        raise SettingError(
+            "--alflb-reduce-group", "cp_dp", "must be tp_cp_dp with sequence parallelism, which splits the tokens over TP"
+        )
+    return parallel_state.get_data_parallel_group(with_context_parallel=True)
+
+
+def update_hook(finalize: Callable[..., Any] = finalize_model_grads) -> Callable[..., Any]:
+    """Wraps `finalize_model_grads` (or a partial or wrapper of it): loads travel while it reduces the gradients."""
+    if getattr(finalize, "__alflb__", False):
+        return finalize
+
+    def alflb_finalize_model_grads(model: list[nn.Module], *args: Any, **kwargs: Any) -> Any:
+        balancer = balancer_of(model)
+        balancer.launch()
+        result = finalize(model, *args, **kwargs)
+        balancer.commit()
+        return result
+
+    alflb_finalize_model_grads.__alflb__ = True  # type: ignore[attr-defined]
+    return alflb_finalize_model_grads
+
+
+def install(config: Any) -> None:
+    """Wraps `config.finalize_model_grads_func`; where it is None, Megatron-Core's own function is put in and wrapped.
+
+    Call it after the trainer has set the function and before the first step. Twice is once.
+    """
+    config.finalize_model_grads_func = update_hook(config.finalize_model_grads_func or finalize_model_grads)
+
+
+# -- watching a router that is not ours ----------------------------------------------------------------------------------
+
+
+def watch(model: Sequence[nn.Module]) -> Balancer:
+    """Counts the loads of Megatron-Core's own routers in `model`, for measurement; nothing of them is changed.
+
+    Their routing map is what can be seen from outside, so under a capacity factor these are loads after dropping.
+    """
+    for chunk in model:
+        for router in [module for module in chunk.modules() if isinstance(module, TopKRouter)]:
+            if hasattr(router, "load_window"):
+                continue
+            router.alf = None
+            router.load_window = LoadWindow(router.num_experts, device=router.weight.device)
+            router.register_forward_hook(_count_routing_map, with_kwargs=True)
+    return balancer_of(model)
+
+
+def _count_routing_map(router: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+    if router.load_window.is_open(router.training):
+        padding = args[1] if len(args) > 1 else kwargs.get("padding_mask")
+        router.load_window.observe_map(output[1], None if padding is None else ~padding.reshape(-1))
+
+
+# -- the one-line mode ---------------------------------------------------------------------------------------------------
+
+
+class _Patch:
+    """One attribute of Megatron's replaced, and put back."""
+
+    def __init__(self, owner: Any, name: str, wrap: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
+        self.owner, self.name = owner, name
+        self.original = getattr(owner, name)
+        replacement = functools.wraps(self.original)(wrap(self.original))
+        replacement.__alflb__ = True  # type: ignore[attr-defined]
+        setattr(owner, name, replacement)
+
+    def undo(self) -> None:
+        setattr(self.owner, self.name, self.original)
+
+
+_enabled: ALFConfig | None = None
+_patches: list[_Patch] = []
+
+
+def enable(alf: ALFConfig | None = None, **settings: Any) -> ALFConfig:
+    """Turns ALF-LB on for every Megatron-Core model built after this call. Returns the settings in force.
+
+    `enable(rule="sign", step_size=1e-3)` or `enable(ALFConfig(...))`. Calling it again with the same settings changes
+    nothing. Four attributes of Megatron-Core are replaced and marked `__alflb__`: `MoELayer.__init__` (the router it
+    builds), two names that `finalize_model_grads` looks up when it begins and when the gradients are reduced (so that
+    it does not matter who imported that function, or when), and the load of a torch_dist checkpoint (our state may be
+    absent from it).
+
+    Raises:
+        SettingError: a setting that cannot work.
+        RuntimeError: it is on already with other settings.
+    """
+    global _enabled
+    wanted = alf if alf is not None and not settings else dataclasses.replace(alf or ALFConfig(), **settings)
+    if _enabled is not None:
+        if wanted != _enabled:
+            raise RuntimeError(f"ALF-LB is enabled already with {_enabled}; call alflb_megatron.disable() first")
+        return _enabled
+    _patches.extend(
+        [
+            _Patch(MoELayer, "__init__", _building_our_router),
+            _Patch(_finalize_module, "get_model_config", _launching),
+            _Patch(_finalize_module, "reset_model_temporary_tensors", _committing),
+            _Patch(torch_dist.TorchDistLoadShardedStrategy, "load", _tolerating_absent_state),
+        ]
+    )
+    _enabled = wanted
+    return wanted
+
+
+def disable() -> None:
+    """Takes `enable` back: Megatron-Core is as it was. Models built meanwhile keep their router, which stands still."""
+    global _enabled
+    while _patches:
+        _patches.pop().undo()
+    _enabled = None
+
+
+def _building_our_router(original: Callable[..., None]) -> Callable[..., None]:
+    def init(self: MoELayer, config: Any, submodules: Any = None, *args: Any, **kwargs: Any) -> None:
+        if submodules is not None and submodules.router is TopKRouter:
+            submodules = with_alflb(submodules, _enabled)
+        elif submodules is not None and not isinstance(submodules.router, RouterBuilder):
+            logger.warning("an MoE layer has a router of its own, %s: ALF-LB leaves it alone", submodules.router)
+        original(self, config, submodules, *args, **kwargs)
+
+    return init
+
+
+def _launching(original: Callable[..., Any]) -> Callable[..., Any]:
+    def get_model_config(model: nn.Module) -> Any:
+        # Only the first chunk is seen here: in the very first global batch the loads travel at commit instead.
+        if model in _BALANCERS:
+            _BALANCERS[model].launch()
+        return original(model)
+
+    return get_model_config
+
+
+def _committing(original: Callable[..., Any]) -> Callable[..., Any]:
+    def reset_model_temporary_tensors(config: Any, model: list[nn.Module]) -> Any:
+        balancer = balancer_of(model)
+        balancer.launch()
+        balancer.commit()
+        return original(config, model)
+
+    return reset_model_temporary_tensors
+
+
+def _tolerating_absent_state(original: Callable[..., Any]) -> Callable[..., Any]:
+    def load(self: Any, sharded_state_dict: dict[str, Any], checkpoint_dir: Any) -> Any:
+        stored = self.load_sharded_metadata(checkpoint_dir)
+        return original(self, without_absent_state(sharded_state_dict, stored), checkpoint_dir)
+
+    return load
+
+
+@contextlib.contextmanager
+def absent_state_allowed() -> Iterator[None]:
+    """Within the block a torch_dist checkpoint may lack state of ours, as one written by Megatron-Core alone does."""
+    patch = None if _enabled else _Patch(torch_dist.TorchDistLoadShardedStrategy, "load", _tolerating_absent_state)
+    try:
+        yield
+    finally:
+        if patch is not None:
+            patch.undo()
+
+
+def without_absent_state(sharded: Any, stored: dict[str, Any]) -> Any:
+    """A copy of a sharded state dict without entries of ours that `stored` (a checkpoint's metadata) lacks."""
+
+    def absent(value: Any) -> bool:
+        key = str(getattr(value, "key", ""))
+        return key not in stored and key.rpartition(".router.")[2].startswith((STATE_PREFIX, "expert_bias"))
+
+    if isinstance(sharded, dict):
+        return {name: without_absent_state(value, stored) for name, value in sharded.items() if not absent(value)}
+    if isinstance(sharded, list):
+        return [without_absent_state(value, stored) for value in sharded if not absent(value)]
+    return sharded
+

@@ -1,0 +1,288 @@
+"""Runs the real Megatron-Core without CUDA, on gloo: the one place that knows how.
+
+Megatron-Core's own switches come first (`ENVIRONMENT` and `SWITCHES`). What no switch reaches is covered by
+`SUBSTITUTIONS`, each with the upstream function that needs it. Call `prepare()` once, before anything imports
+`megatron.core`; where `torch.cuda.is_available()` it changes nothing.
+
+One of Megatron-Core's switches is left alone on purpose: `use_cpu_initialization=True` gives every
+expert-parallel rank the same experts (tensor_parallel/layers.py:_initialize_affine_weight_cpu draws the weights
+from a generator that is the same on all of them).
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import functools
+import importlib
+import logging
+import os
+import sys
+from collections.abc import Callable, Collection
+from typing import Any
+
+import torch
+
+CPU = torch.device("cpu")
+
+ENVIRONMENT: dict[str, str] = {
+    # jit.py:enable_jit_fuser makes every fused function a torch.compile; on a CPU that wants a C++ compiler and
+    # minutes of compilation, and recompiles for each new number of tokens an expert receives.
+    "TORCHDYNAMO_DISABLE": "1",
+}
+
+SWITCHES: dict[str, Any] = {
+    # tensor_parallel/layers.py:ColumnParallelLinear.__init__ raises without apex's or TE's CUDA kernel.
+    "gradient_accumulation_fusion": False,
+    # fusions/fused_softmax.py:FusedScaleMaskSoftmax.is_kernel_available imports a CUDA extension in bf16.
+    "masked_softmax_fusion": False,
+    # Fused by torch.compile, which ENVIRONMENT turns off: nothing is left to gain.
+    "bias_activation_fusion": False,
+    "bias_dropout_fusion": False,
+    # transformer/torch_norm.py:WrappedTorchNorm refuses it; apex's persistent kernel is CUDA only.
+    "persist_layer_norm": False,
+    # transformer_config.py:TransformerConfig.__post_init__ raises without TE.
+    "moe_permute_fusion": False,
+    # pipeline_parallel/p2p_communication.py:_communicate calls torch.cuda.synchronize otherwise.
+    "batch_p2p_sync": False,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Substitution:
+    """One thing that Megatron-Core takes from CUDA and is given something else for.
+
+    `needed_by` cites upstream as `file:function`, relative to `megatron/core`, several separated by ", ".
+    `apply` makes the replacement and may be called again without effect.
+    """
+
+    name: str
+    needed_by: str
+    why: str
+    apply: Callable[[], None]
+
+
+def _put(owner: Any, name: str, replacement: Any) -> None:
+    """Sets `owner.name`, marked, so that a second call leaves the first replacement in place."""
+    current = getattr(owner, name, None)
+    if not getattr(current, "_alflb_cpu", False):
+        replacement._alflb_cpu = True
+        setattr(owner, name, replacement)
+
+
+def _current_device() -> None:
+    _put(torch.cuda, "current_device", lambda: CPU)
+
+
+def _device_literals() -> None:
+    def on_cpu(factory: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+        @functools.wraps(factory)
+        def make(*args: Any, **kwargs: Any) -> torch.Tensor:
+            if kwargs.get("device") == "cuda":
+                kwargs["device"] = CPU
+            return factory(*args, **kwargs)
+
+        return make
+
+    for name in ("tensor", "zeros", "ones", "empty", "empty_like"):
+        _put(torch, name, on_cpu(getattr(torch, name)))
+
+
+def _tensor_cuda() -> None:
+    def cuda(self: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        return self
+
+    _put(torch.Tensor, "cuda", cuda)
+
+
+def _tensor_type() -> None:
+    plain = torch.Tensor.type
+
+    def type_(self: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        answer = plain(self, *args, **kwargs)
+        return answer.replace("torch.", "torch.cuda.", 1) if isinstance(answer, str) else answer
+
+    _put(torch.Tensor, "type", type_)
+
+
+def _random_state() -> None:
+    random = importlib.import_module("megatron.core.tensor_parallel.random")
+
+    def get_state(*args: Any, **kwargs: Any) -> torch.Tensor:
+        return torch.get_rng_state()
+
+    def set_state(new_state: torch.Tensor, *args: Any, **kwargs: Any) -> None:
+        torch.set_rng_state(new_state)
+
+    def manual_seed(seed: int) -> None:
+        torch.default_generator.manual_seed(seed)
+
+    _put(torch.cuda, "get_rng_state", get_state)
+    _put(torch.cuda.random, "get_rng_state", get_state)
+    _put(torch.cuda, "manual_seed", manual_seed)
+    _put(random, "_set_cuda_rng_state", set_state)
+
+
+class _Stream(torch.cpu.Stream):
+    """PyTorch's null stream, whose events can be waited for."""
+
+    def record_event(self) -> torch.cpu.Event:  # type: ignore[override]
+        return torch.cpu.Event()
+
+
+def _streams() -> None:
+    _put(torch.cuda, "Stream", _Stream)
+    _put(torch.cuda, "current_stream", lambda device=None: torch.cpu.current_stream())
+    _put(torch.cuda, "stream", lambda stream: torch.cpu.stream(stream))
+
+
+def _splits() -> None:
+    dispatcher = importlib.import_module("megatron.core.transformer.moe.token_dispatcher")
+    plain = dispatcher.maybe_move_tensor_to_cpu
+
+    @functools.wraps(plain)
+    def move(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
+        moved = plain(tensor, as_numpy=as_numpy, record_stream=record_stream)
+        return moved.numpy() if as_numpy and torch.is_tensor(moved) else moved
+
+    _put(dispatcher, "maybe_move_tensor_to_cpu", move)
+
+
+def _router_gemm() -> None:
+    moe_utils = importlib.import_module("megatron.core.transformer.moe.moe_utils")
+    if not hasattr(moe_utils, "te_general_gemm"):
+        moe_utils.te_general_gemm = None  # type: ignore[attr-defined]
+
+
+SUBSTITUTIONS: tuple[Substitution, ...] = (
+    Substitution(
+        "current_device",
+        "transformer/moe/router.py:__init__, tensor_parallel/mappings.py:_gather_along_first_dim, "
+        "distributed/param_and_grad_buffer.py:__init__",
+        "every buffer is made on `torch.cuda.current_device()`: answer with the CPU",
+        _current_device,
+    ),
+    Substitution(
+        "device_literals",
+        "pipeline_parallel/schedules.py:forward_backward_no_pipelining, optimizer/optimizer.py:__init__, "
+        "optimizer/clip_grads.py:get_grad_norm_fp32",
+        '`device="cuda"` is written out: the tensor factories of torch read it as the CPU',
+        _device_literals,
+    ),
+    Substitution(
+        "tensor_cuda",
+        "dist_checkpointing/exchange_utils.py:exchange_loaded_tensors_gather_rounds",
+        "tensors are moved with `.cuda()`: they stay where they are",
+        _tensor_cuda,
+    ),
+    Substitution(
+        "tensor_type",
+        "optimizer/clip_grads.py:clip_grad_by_total_norm_fp32, optimizer/optimizer.py:__init__, "
+        "optimizer/distrib_optimizer.py:_build_model_and_main_param_groups",
+        "types are compared with 'torch.cuda.FloatTensor' and its kin: `Tensor.type()` answers so",
+        _tensor_type,
+    ),
+    Substitution(
+        "random_state",
+        "tensor_parallel/random.py:add, tensor_parallel/random.py:_set_cuda_rng_state",
+        "the CUDA generator is seeded, read and set: the CPU's takes its place",
+        _random_state,
+    ),
+    Substitution(
+        "streams",
+        "transformer/moe/token_dispatcher.py:_maybe_dtoh_and_synchronize",
+        "the all-to-all dispatcher copies on a side stream: PyTorch's own null streams for the CPU",
+        _streams,
+    ),
+    Substitution(
+        "splits",
+        "transformer/moe/moe_utils.py:maybe_move_tensor_to_cpu",
+        "the all-to-all splits become NumPy arrays only when they leave a GPU: convert them here too",
+        _splits,
+    ),
+    Substitution(
+        "router_gemm",
+        "transformer/moe/moe_utils.py:forward",
+        "0.16.1 reads `te_general_gemm`, a name that exists only with Transformer Engine: define it as None",
+        _router_gemm,
+    ),
+)
+
+
+def prepare(*, skip: Collection[str] = ()) -> tuple[Substitution, ...]:
+    """Makes Megatron-Core run without CUDA; returns the substitutions in force, none where CUDA is there.
+
+    May be called again. `skip` names substitutions to leave out, which is for the tests that show each is needed.
+    Raises RuntimeError when `megatron.core` was imported before and has compiled its fused functions already,
+    and ModuleNotFoundError when it is not installed.
+    """
+    if torch.cuda.is_available():
+        return ()
+    for name, value in ENVIRONMENT.items():
+        if os.environ.get(name) != value and "megatron.core" in sys.modules:
+            raise RuntimeError(
+                f"megatron.core was imported before alflb_megatron.hosts.cpu.prepare(): "
+                f"call prepare() first, or set {name}={value} in the environment"
+            )
+        os.environ[name] = value
+    # The generator of the CPU is the tracked one, so upstream's hint that it moved in a fork says nothing here.
+    logging.getLogger("megatron.core.tensor_parallel.random").setLevel(logging.ERROR)
+    applied = tuple(s for s in SUBSTITUTIONS if s.name not in skip)
+    for substitution in applied:
+        substitution.apply()
+    return applied
+
+
+def markdown_table() -> str:
+    """The substitutions as a table for the documentation: name, what needs it, why."""
+    rows = ["| substitution | needed by (in `megatron/core`) | why |", "|---|---|---|"]
+    for s in SUBSTITUTIONS:
+        cited = ", ".join(f"`{place}`" for place in s.needed_by.split(", "))
+        rows.append(f"| `{s.name}` | {cited} | {s.why} |")
+    return "\n".join(rows)
+
+
+class SequenceParallelNorm:
+    """The norm of PyTorch that `config.normalization` names, allowed under sequence parallelism.
+
+    transformer/torch_norm.py:WrappedTorchNorm refuses sequence parallelism although PyTorch's norms do well with
+    it: each rank holds some of the tokens, so the gradients of weight and bias have to be summed over the tensor
+    parallel ranks, which distributed/finalize_model_grads.py:_allreduce_non_tensor_model_parallel_grads does for
+    parameters marked `sequence_parallel`.
+    """
+
+    def __new__(cls, config: Any, hidden_size: int, eps: float = 1e-5, **_: Any) -> torch.nn.Module:  # type: ignore[misc]
+        kinds: dict[str, type[torch.nn.Module]] = {"LayerNorm": torch.nn.LayerNorm, "RMSNorm": torch.nn.RMSNorm}
+        if config.normalization not in kinds or config.layernorm_zero_centered_gamma:
+            raise ValueError(f"normalization={config.normalization}: must be LayerNorm or RMSNorm, gamma not zero-centred")
+        norm = kinds[config.normalization](hidden_size, eps=eps)
+        for parameter in norm.parameters():
+            parameter.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+        return norm
+
+
+def use_plain_norm(block_spec: Any, config: Any) -> Any:
+    """A copy of a decoder or MTP block spec with `SequenceParallelNorm` in place of its norms.
+
+    `block_spec` is a `TransformerBlockSubmodules`, a `MultiTokenPredictionBlockSubmodules`, a `ModuleSpec`, or None
+    (a stage without MTP layers), which is returned as it is. The spec handed in is not changed.
+    """
+    torch_norm = importlib.import_module("megatron.core.transformer.torch_norm").WrappedTorchNorm
+
+    def replaced(part: Any) -> Any:
+        if part is torch_norm:
+            return SequenceParallelNorm
+        if isinstance(part, list):
+            return [replaced(item) for item in part]
+        if isinstance(part, functools.partial):
+            return functools.partial(
+                part.func, *map(replaced, part.args), **{k: replaced(v) for k, v in part.keywords.items()}
+            )
+        if dataclasses.is_dataclass(part) and not isinstance(part, type):
+            twin = copy.copy(part)
+            for field in dataclasses.fields(part):
+                object.__setattr__(twin, field.name, replaced(getattr(part, field.name)))
+            return twin
+        return part
+
+    return replaced(block_spec)

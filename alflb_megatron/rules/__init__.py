@@ -1,0 +1,127 @@
+"""How the expert bias moves: one small file a rule, one registry.
+
+A rule is a frozen dataclass of its own knobs with two methods, `init` and `step`. It sees all layers of one width at
+once, as [L, E] tensors (L layers, E experts), and never loops over either. To add one:
+
+    from dataclasses import dataclass
+    from alflb_megatron.rules import Rule, register
+    from alflb_megatron.settings import knob
+
+    @register("mine")
+    @dataclass(frozen=True)
+    class Mine(Rule):
+        step_size: float = knob(1e-3, "largest move of a bias in one update", minimum=0)
+
+        def step(self, bias, stats, state):
+            return bias + self.step_size * stats.violation.tanh(), state
+
+and it is there for `ALFConfig(rule="mine")`, `alflb train --rule mine` and every host.
+"""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from alflb_megatron import metrics, settings
+
+State = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Stats:
+    """What a rule is shown of one global batch.
+
+    loads: int64 [L, E], tokens that chose each expert over all ranks and micro-batches, before any is dropped.
+    n: int64 [L], 1-based number of this update in each layer (the n of u/n).
+    """
+
+    loads: Tensor
+    n: Tensor
+
+    @cached_property
+    def violation(self) -> Tensor:
+        """(L - A_k) / L, float32 [L, E]."""
+        return metrics.violation(self.loads).float()
+
+    @cached_property
+    def sign(self) -> Tensor:
+        """sign(L - A_k), float32 [L, E], from integers: no rounding can flip it."""
+        total = self.loads.sum(dim=-1, keepdim=True)
+        return torch.sign(total - self.loads * self.loads.shape[-1]).float()
+
+
+@dataclass(frozen=True)
+class Rule:
+    """The contract. `step` is pure: it returns new tensors and leaves its arguments as they are."""
+
+    def init(self, layers: int, experts: int) -> State:
+        """The rule's own state before the first update: name -> tensor with one row a layer; none by default.
+
+        Rows become router buffers, so they are checkpointed, resharded and resumed with the router.
+        """
+        return {}
+
+    def step(self, bias: Tensor, stats: Stats, state: State) -> tuple[Tensor, State]:
+        """One update: bias float32 [L, E] and state in, the new bias and state out."""
+        raise NotImplementedError(f"{type(self).__name__} has no step")
+
+
+R = TypeVar("R", bound=type[Rule])
+_REGISTRY: dict[str, type[Rule]] = {}
+
+
+def register(name: str) -> Callable[[R], R]:
+    """Class decorator: makes a rule known under `name`. A name taken by another class is an error."""
+
+    def add(cls: R) -> R:
+        known = _REGISTRY.get(name)
+        if known is not None and known.__qualname__ != cls.__qualname__:
+            raise ValueError(f"rule {name!r} is taken by {known.__module__}.{known.__qualname__}")
+        _REGISTRY[name] = cls
+        return cls
+
+    return add
+
+
+def names() -> list[str]:
+    """The registered rules, in alphabetical order."""
+    _load_builtin()
+    return sorted(_REGISTRY)
+
+
+def get(name: str) -> type[Rule]:
+    """The rule class of that name; `SettingError` where there is none."""
+    if name not in names():
+        raise settings.SettingError("--alflb-rule", name, f"must be one of {', '.join(names())}")
+    return _REGISTRY[name]
+
+
+def flag_for(knob: str) -> str:
+    """The command-line flag through which a rule's knob is set."""
+    return "--alflb-step-size" if knob == "step_size" else f"--alflb-rule-options {knob}"
+
+
+def make(name: str, **options: Any) -> Rule:
+    """Builds a rule with its knobs checked; an unknown or impossible knob is a `SettingError`."""
+    cls = get(name)
+    known = [field.name for field, *_ in settings.knobs(cls)]
+    for key, value in options.items():
+        if key not in known:
+            there = f"it has {', '.join(known)}" if known else "it has none"
+            raise settings.SettingError(flag_for(key), value, f"rule {name} has no such knob; {there}")
+    rule = cls(**options)
+    settings.check(rule, flag_for=flag_for)
+    return rule
+
+
+def _load_builtin() -> None:
+    for module in pkgutil.iter_modules(__path__):
+        importlib.import_module(f"{__name__}.{module.name}")

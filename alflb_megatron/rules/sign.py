@@ -1,0 +1,24 @@
+"""p_k <- p_k + u sign(L - A_k): every expert moves by the same step, against its violation.
+
+Wang et al. 2024 (arXiv 2408.15664, algorithm 1), DeepSeek-V3 and Megatron-Core's own expert bias. As a dual step its
+size is eps_k = u / |L - A_k| (Han and Zhong 2025). It does not settle: at balance it keeps moving by u, so the band
+in which the loads stay scales with u.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from alflb_megatron.rules import Rule, State, Stats, register
+from alflb_megatron.settings import knob
+
+
+@register("sign")
+@dataclass(frozen=True)
+class Sign(Rule):
+    step_size: float = knob(1e-3, "u: how far a bias moves in one update, in score units", minimum=0.0)
+
+    def step(self, bias: Tensor, stats: Stats, state: State) -> tuple[Tensor, State]:
+        return bias + stats.sign * self.step_size, state

@@ -1,0 +1,149 @@
+"""Checkpoints of `alflb train`, by Megatron-Core's dist_checkpointing (torch_dist).
+
+A checkpoint is a folder `step_00000100` with Megatron's files and `job.json`. It is written under another name and
+renamed when every rank is done, so a folder with its final name is whole; `latest` names the last one.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import dist_checkpointing, tensor_parallel
+from megatron.core.dist_checkpointing.mapping import ShardedObject
+from megatron.core.dist_checkpointing.validation import StrictHandling
+from megatron.core.utils import unwrap_model
+
+from alflb_megatron.hosts import core
+from alflb_megatron.runs.build import Trainee
+from alflb_megatron.runs.job import Plan
+from alflb_megatron.runs.record import write_json
+from alflb_megatron.settings import SettingError
+
+logger = logging.getLogger(__name__)
+
+LATEST, JOB, PARTIAL = "latest", "job.json", ".part"
+
+METADATA = {"chained_optim_avoid_prefix": True, "distrib_optim_sharding_type": "fully_reshardable"}
+"""Megatron-Core's checkpoint format in which optimizer state can be read on another split."""
+
+
+@dataclass(frozen=True)
+class Saved:
+    """What `job.json` says of a checkpoint: where training stood, on which split, with which data."""
+
+    path: Path
+    step: int
+    layout: dict[str, int]
+    fingerprint: str
+
+
+def layout_of(plan: Plan) -> dict[str, int]:
+    job = plan.job
+    return {"nproc": job.nproc, "tp": job.tp, "pp": job.pp, "vpp": job.vpp, "ep": job.ep, "etp": job.etp}
+
+
+def find(path: str | Path, flag: str) -> Saved:
+    """The checkpoint at `path`: a checkpoint folder, a `checkpoints` folder or a run folder (then its latest).
+
+    Raises SettingError naming `flag` where there is none, or it is not whole.
+    """
+    folder = Path(path)
+    for candidate in (folder, folder / "checkpoints"):
+        if (candidate / LATEST).is_file():
+            folder = candidate / (candidate / LATEST).read_text(encoding="utf-8").strip()
+            break
+    try:
+        values = json.loads((folder / JOB).read_text(encoding="utf-8"))
+        return Saved(folder, int(values["step"]), dict(values["layout"]), str(values["fingerprint"]))
+    except FileNotFoundError:
+        raise SettingError(flag, path, "must name a run with a checkpoint, or a checkpoint folder") from None
+    except (ValueError, KeyError, TypeError, OSError) as error:
+        raise SettingError(flag, path, f"holds a checkpoint whose {JOB} cannot be read ({error})") from None
+
+
+def _model_state(trainee: Trainee) -> dict[str, Any]:
+    """Sharded model state, one entry a chunk, named as Megatron-LM names them."""
+    chunks = [unwrap_model(chunk) for chunk in trainee.chunks]
+    if len(chunks) == 1:
+        return {"model": chunks[0].sharded_state_dict(metadata=dict(METADATA))}
+    return {f"model{i}": chunk.sharded_state_dict(metadata=dict(METADATA)) for i, chunk in enumerate(chunks)}
+
+
+def _random_state() -> ShardedObject:
+    state = {
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
+        "tracker": tensor_parallel.get_cuda_rng_tracker().get_states(),
+    }
+    return ShardedObject("rng_state", state, (dist.get_world_size(),), (dist.get_rank(),))
+
+
+def _optimizer_state(trainee: Trainee, model: dict[str, Any], is_loading: bool) -> Any:
+    flat = model.get("model", model)
+    return trainee.optimizer.sharded_state_dict(flat, is_loading=is_loading, metadata=dict(METADATA))
+
+
+def save(trainee: Trainee, plan: Plan, step: int, folder: Path, fingerprint: str) -> Path:
+    """Writes the checkpoint of `step` below `folder` (all ranks call it) and returns its path."""
+    final = folder / f"step_{step:08d}"
+    partial = final.with_name(final.name + PARTIAL)
+    first = dist.get_rank() == 0
+    if first:
+        _remove(partial)
+        partial.mkdir(parents=True)
+    dist.barrier()
+    state = _model_state(trainee)
+    state["optimizer"] = _optimizer_state(trainee, state, is_loading=False)
+    state["random"] = _random_state()
+    dist_checkpointing.save(state, str(partial))
+    dist.barrier()
+    if first:
+        write_json(partial / JOB, {"step": step, "layout": layout_of(plan), "fingerprint": fingerprint})
+        _remove(final)
+        partial.rename(final)
+        pointer = folder / (LATEST + PARTIAL)
+        pointer.write_text(final.name + "\n", encoding="utf-8")
+        pointer.replace(folder / LATEST)
+    dist.barrier()
+    return final
+
+
+def load(trainee: Trainee, plan: Plan, saved: Saved, weights_only: bool = False) -> None:
+    """Reads a checkpoint into `trainee` (all ranks call it); biases and rule state come with the model.
+
+    On the split it was written on everything comes back, random state included; on another the random state is that of
+    the seed. With `weights_only` the optimizer starts anew. State of ours that the checkpoint lacks starts afresh.
+    """
+    state = _model_state(trainee)
+    same_layout = saved.layout == layout_of(plan)
+    if not weights_only:
+        state["optimizer"] = _optimizer_state(trainee, state, is_loading=True)
+        if same_layout:
+            state["random"] = _random_state()
+    with core.absent_state_allowed():
+        loaded = dist_checkpointing.load(state, str(saved.path), strict=StrictHandling.ASSUME_OK_UNEXPECTED)
+    for i, chunk in enumerate(trainee.chunks):
+        unwrap_model(chunk).load_state_dict(loaded["model" if len(trainee.chunks) == 1 else f"model{i}"])
+    if weights_only:
+        trainee.optimizer.reload_model_params()
+        return
+    trainee.optimizer.load_state_dict(loaded["optimizer"])
+    if same_layout:
+        random = loaded["random"]
+        torch.set_rng_state(random["torch"])
+        if random["cuda"] is not None:
+            torch.cuda.set_rng_state(random["cuda"])
+        tensor_parallel.get_cuda_rng_tracker().set_states(random["tracker"])
+
+
+def _remove(path: Path) -> None:
+    if path.exists():
+        import shutil
+
+        shutil.rmtree(path)

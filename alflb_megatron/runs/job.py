@@ -1,0 +1,225 @@
+"""One training job: every setting of `alflb train`, the presets, and the checks that need no framework.
+
+A job is resolved and checked before anything heavy is imported or any rank is started, so that a wrong setting costs a
+line and no seconds.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from alflb_megatron.config import PREFIX, ALFConfig
+from alflb_megatron.models import PRESETS, ModelShape
+from alflb_megatron.settings import SettingError, check, from_mapping, knob
+
+UNBALANCED = ("none", "builtin")
+"""Values of `--rule` beside our own rules: no bias at all, and Megatron-Core's own expert bias."""
+
+BUILTIN_RATE = 1e-3
+"""Step of Megatron-Core's own expert bias where none is given (its default, and Wang et al.'s)."""
+
+
+def _rules() -> list[str]:
+    from alflb_megatron import rules
+
+    return [*UNBALANCED, *rules.names()]
+
+
+@dataclass(frozen=True)
+class Job:
+    """How a model is trained: data, schedule, split over ranks, what is written."""
+
+    preset: str = knob("tiny", "model and schedule to start from", choices=tuple(PRESETS))
+    rule: str = knob("sign", "none, builtin (Megatron-Core's own expert bias) or one of our rules", choices=_rules)
+    steps: int = knob(300, "global batches to train on in all", minimum=1)
+    global_batch_size: int = knob(8, "sequences in a global batch", minimum=1)
+    micro_batch_size: int = knob(2, "sequences in one forward pass of one rank", minimum=1)
+    lr: float = knob(3e-3, "peak learning rate", above=0.0)
+    min_lr: float = knob(3e-4, "learning rate at the end of the cosine", minimum=0.0)
+    lr_decay: str = knob("cosine", "how the learning rate falls", choices=("cosine", "linear", "constant", "multistep"))
+    warmup_steps: int = knob(20, "steps of linear warm-up", minimum=0)
+    weight_decay: float = knob(0.1, "weight decay of Adam", minimum=0.0)
+    clip_grad: float = knob(1.0, "gradient norm above which gradients are scaled down; 0 for never", minimum=0.0)
+    seed: int = knob(1234, "seed of weights and data order", minimum=0)
+    aux_loss_coeff: float = knob(0.0, "coefficient of Megatron-Core's auxiliary load-balancing loss", minimum=0.0)
+    aux_loss_type: str = knob(
+        "aux_loss", "its form", choices=("aux_loss", "seq_aux_loss", "global_aux_loss")
+    )
+    z_loss_coeff: float = knob(0.0, "coefficient of the router's z-loss", minimum=0.0)
+    capacity_factor: float | None = knob(None, "expert capacity over the mean load; beyond it tokens are dropped", above=0.0)
+    router_dtype: str = knob("fp32", "precision of the gate", choices=("fp32", "fp64", "model"))
+    data: str = knob("stdlib", "text to train on: stdlib, a file or folder, or the prefix of a Megatron .bin/.idx pair", metavar="SOURCE")
+    tokenizer: str = knob("byte", "how it is cut into tokens (a .bin/.idx pair was cut already: name what cut it)", metavar="NAME")
+    validation_sequences: int = knob(64, "sequences the model is validated on; rounded down to whole batches", minimum=1)
+    nproc: int = knob(2, "ranks to start on this machine", minimum=1)
+    tp: int = knob(1, "tensor-parallel ranks (with sequence parallelism above 1)", minimum=1)
+    pp: int = knob(1, "pipeline stages", minimum=1)
+    vpp: int = knob(1, "model chunks a pipeline stage (interleaved schedule above 1)", minimum=1)
+    ep: int = knob(2, "expert-parallel ranks", minimum=1)
+    etp: int = knob(1, "tensor-parallel ranks inside an expert", minimum=1)
+    dispatcher: str = knob("alltoall", "Megatron-Core's token dispatcher", choices=("alltoall", "allgather", "flex"))
+    optimizer: str = knob("adam", "adam, or Megatron-Core's distributed optimizer", choices=("adam", "distributed"))
+    overlap_grad_reduce: bool = knob(False, "reduce gradients while the backward pass runs")
+    dtype: str = knob("fp32", "precision of weights and activations", choices=("fp32", "bf16"))
+    recompute: str = knob("none", "activations to recompute: none, all, or those of MoE layers", choices=("none", "full", "moe"))
+    router_fusion: bool = knob(False, "Transformer Engine's fused router")
+    grouped_gemm: bool = knob(False, "experts as one grouped matrix product (needs Transformer Engine)")
+    out: str = knob("", "run folder; default runs/<preset>-<rule>-<seed>", metavar="DIR")
+    resume: bool = knob(False, "go on from the last checkpoint in the run folder")
+    load: str = knob("", "start from this checkpoint folder of another run", metavar="DIR")
+    save_every: int = knob(0, "steps between checkpoints; 0 for one at the end", minimum=0)
+    save: bool = knob(True, "write checkpoints at all")
+    json: bool = knob(False, "print the summary as JSON on standard output")
+
+    @property
+    def model_parallel(self) -> int:
+        return self.tp * self.pp
+
+    @property
+    def dp(self) -> int:
+        """Data-parallel ranks."""
+        return self.nproc // self.model_parallel
+
+    @property
+    def folder(self) -> str:
+        return self.out or f"runs/{self.preset}-{self.rule}-{self.seed}"
+
+
+SCHEDULES: dict[str, dict[str, Any]] = {
+    "tiny": {},
+    "small": {"global_batch_size": 16, "lr": 1e-3, "min_lr": 1e-4, "warmup_steps": 50, "steps": 500},
+    "deepseek-moe-1b": {
+        "global_batch_size": 1152,
+        "steps": 40_000,
+        "lr": 1e-3,
+        "min_lr": 1e-4,
+        "warmup_steps": 1000,
+        "dtype": "bf16",
+        "optimizer": "distributed",
+        "save_every": 1000,
+    },
+    "deepseek-moe-3b": {
+        "global_batch_size": 1728,
+        "steps": 56_514,
+        "lr": 7.8e-4,
+        "min_lr": 7.8e-5,
+        "lr_decay": "multistep",
+        "warmup_steps": 1000,
+        "dtype": "bf16",
+        "optimizer": "distributed",
+        "save_every": 1000,
+    },
+}
+"""What a preset changes in `Job`. Batch, steps and peak rate of the DeepSeekMoE presets are Wang et al.'s (appendix)."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A job that can run: its settings, the model's shape, and how the bias moves (None for `none` and `builtin`)."""
+
+    job: Job
+    shape: ModelShape
+    alf: ALFConfig | None
+    builtin_rate: float | None
+
+    def as_dict(self) -> dict[str, Any]:
+        """Every resolved setting, for `config.json`."""
+        return {
+            "job": dataclasses.asdict(self.job),
+            "model": dataclasses.asdict(self.shape),
+            "alflb": None if self.alf is None else dataclasses.asdict(self.alf),
+            "builtin_rate": self.builtin_rate,
+        }
+
+    @staticmethod
+    def from_dict(values: Mapping[str, Any]) -> Plan:
+        return Plan(
+            Job(**values["job"]),
+            ModelShape(**values["model"]),
+            None if values["alflb"] is None else ALFConfig(**values["alflb"]),
+            values["builtin_rate"],
+        )
+
+
+def resolve(job: Mapping[str, Any], shape: Mapping[str, Any], alf: Mapping[str, Any]) -> Plan:
+    """Puts the given settings over the preset's and checks the whole.
+
+    Args:
+        job, shape, alf: what was given, by field name of `Job`, `ModelShape` and `ALFConfig`.
+
+    Raises:
+        SettingError: one setting, its value and what is allowed.
+    """
+    preset = job.get("preset", "tiny")
+    if preset not in PRESETS:
+        raise SettingError("--preset", preset, f"must be one of {', '.join(PRESETS)}")
+    settings = from_mapping(Job, {**SCHEDULES[preset], **job})
+    check(settings)
+    model = dataclasses.replace(PRESETS[preset], **shape)
+    if settings.rule in UNBALANCED:
+        plan = Plan(settings, model, None, _builtin_rate(settings, model, alf))
+    else:
+        plan = Plan(settings, model, from_mapping(ALFConfig, {**alf, "rule": settings.rule}, PREFIX), None)
+    _check_split(plan.job, plan.shape)
+    _check_parts(plan.job, plan.shape)
+    return plan
+
+
+def _builtin_rate(job: Job, shape: ModelShape, alf: Mapping[str, Any]) -> float | None:
+    given = [name for name in alf if not (job.rule == "builtin" and name == "step_size")]
+    if given:
+        raise SettingError(f"--{PREFIX}{given[0].replace('_', '-')}", alf[given[0]], f"has no meaning with --rule {job.rule}")
+    if job.rule == "none":
+        return None
+    if shape.gate != "sigmoid":
+        raise SettingError("--rule", "builtin", f"Megatron-Core's own expert bias needs --gate sigmoid, not {shape.gate}")
+    rate = ALFConfig(rule="sign", step_size=alf.get("step_size", BUILTIN_RATE)).step_size
+    return rate
+
+
+def _check_split(job: Job, shape: ModelShape) -> None:
+    """Whether the ranks, the model and the batch divide as the split asks."""
+    if job.nproc % job.model_parallel:
+        raise SettingError("--nproc", job.nproc, f"must be a multiple of tp * pp = {job.model_parallel}")
+    expert_ranks = job.etp * job.ep * job.pp
+    if job.nproc % expert_ranks:
+        raise SettingError(
+            "--ep", job.ep, f"etp * ep * pp = {expert_ranks} must divide the {job.nproc} ranks of --nproc"
+        )
+    rows = [
+        ("--ep", job.ep, shape.num_experts, "the experts (--num-experts)"),
+        ("--tp", job.tp, shape.num_heads, "the attention heads (--num-heads)"),
+        ("--tp", job.tp, shape.seq_length, "the sequence (--seq-length)"),
+        ("--tp", job.tp, shape.vocab_size, "the vocabulary (--vocab-size)"),
+        ("--tp", job.tp, shape.ffn_hidden_size, "the FFN's width (--ffn-hidden-size)"),
+        ("--etp", job.etp, shape.moe_ffn_hidden_size, "an expert's width (--moe-ffn-hidden-size)"),
+        ("--pp", job.pp * job.vpp, shape.num_layers, "the layers (--num-layers), times --vpp"),
+    ]
+    for flag, parts, whole, what in rows:
+        if whole % parts:
+            raise SettingError(flag, parts, f"must divide {what}, {whole}")
+    step = job.micro_batch_size * job.dp
+    if job.global_batch_size % step:
+        raise SettingError(
+            "--global-batch-size", job.global_batch_size, f"must be a multiple of micro-batch size * data-parallel ranks = {step}"
+        )
+    if job.vpp > 1 and job.pp == 1:
+        raise SettingError("--vpp", job.vpp, "needs --pp above 1")
+    micro_batches = job.global_batch_size // step
+    if job.vpp > 1 and micro_batches % job.pp:
+        raise SettingError("--vpp", job.vpp, f"needs the {micro_batches} micro-batches a rank to be a multiple of --pp {job.pp}")
+
+
+def _check_parts(job: Job, shape: ModelShape) -> None:
+    """Combinations of Megatron's parts that cannot work."""
+    if job.router_fusion and shape.gate == "softmax" and job.rule not in UNBALANCED:
+        raise SettingError("--router-fusion", True, "the fused router takes a bias with --gate sigmoid only")
+    if job.aux_loss_coeff == 0 and job.aux_loss_type != "aux_loss":
+        raise SettingError("--aux-loss-type", job.aux_loss_type, "needs --aux-loss-coeff above 0")
+    if job.lr < job.min_lr:
+        raise SettingError("--min-lr", job.min_lr, f"must be at most --lr {job.lr}")
+    if job.resume and job.load:
+        raise SettingError("--load", job.load, "cannot be given with --resume")

@@ -1,0 +1,279 @@
+"""`alflb train` on one rank: real Megatron-Core from the process groups to the checkpoint."""
+
+from __future__ import annotations
+
+import math
+import os
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from alflb_megatron.hosts import cpu
+from alflb_megatron.runs.job import Plan
+from alflb_megatron.runs.record import Progress, RunFolder, summarise
+from alflb_megatron.settings import SettingError
+
+
+def train(plan: Plan) -> dict[str, Any]:
+    """Trains the plan's model on this rank and returns the summary (the same on every rank).
+
+    The ranks are there already (`runs.launch`, or an outer torchrun): RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and
+    MASTER_PORT are set.
+    """
+    cpu.prepare()  # before Megatron-Core is imported
+    from megatron.core import parallel_state, tensor_parallel
+
+    cuda = torch.cuda.is_available()
+    if cuda:
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    dist.init_process_group("nccl" if cuda else "gloo")
+    job = plan.job
+    try:
+        parallel_state.initialize_model_parallel(
+            tensor_model_parallel_size=job.tp,
+            pipeline_model_parallel_size=job.pp,
+            virtual_pipeline_model_parallel_size=job.vpp if job.vpp > 1 else None,
+            expert_model_parallel_size=job.ep,
+            expert_tensor_parallel_size=job.etp,
+        )
+        torch.manual_seed(job.seed)
+        tensor_parallel.model_parallel_cuda_manual_seed(job.seed)
+        return _Session(plan).run()
+    finally:
+        parallel_state.destroy_model_parallel()
+        dist.destroy_process_group()
+
+
+class _Session:
+    """One training run on one rank, from opened data to the summary."""
+
+    def __init__(self, plan: Plan) -> None:
+        from megatron.core import parallel_state
+
+        from alflb_megatron.runs import build, checkpoint
+        from alflb_megatron.runs.data import open_data
+
+        job, shape = plan.job, plan.shape
+        self.plan, self.job, self.build, self.checkpoint = plan, job, build, checkpoint
+        self.device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+        self.first = dist.get_rank() == 0
+        self.dp_rank = parallel_state.get_data_parallel_rank()
+        self.pp_group = parallel_state.get_pipeline_model_parallel_group()
+        self.folder = Path(job.folder)
+        self.validation_batches = max(1, job.validation_sequences // job.global_batch_size)
+        self.training, self.validation = open_data(
+            job.data,
+            tokenizer=job.tokenizer,
+            seq_length=shape.seq_length,
+            vocab_size=shape.vocab_size,
+            seed=job.seed,
+            train_samples=job.steps * job.global_batch_size,
+            validation_samples=self.validation_batches * job.global_batch_size,
+            cache_dir=self.folder / "data",
+        )
+        self.resumed = checkpoint.find(self.folder, "--resume") if job.resume else None
+        self.loaded = checkpoint.find(job.load, "--load") if job.load else None
+        if self.resumed is not None:
+            self._check_resumed()
+        self.start = self.resumed.step if self.resumed else 0
+        self.record = RunFolder(self.folder, resume_step=self.start or None) if self.first else None
+        dist.barrier()
+        self.trainee = build.trainee(plan)
+        if self.resumed or self.loaded:
+            checkpoint.load(self.trainee, plan, self.resumed or self.loaded, weights_only=self.loaded is not None)
+        self.trainee.scheduler.step(increment=self.start)
+
+    def _check_resumed(self) -> None:
+        assert self.resumed is not None
+        if self.resumed.step >= self.job.steps:
+            raise SettingError("--steps", self.job.steps, f"must be above {self.resumed.step}, where the run stands")
+        if self.resumed.fingerprint != self.training.fingerprint:
+            raise SettingError("--data", self.job.data, "is not the text, or not the order, that this run was started with")
+
+    def run(self) -> dict[str, Any]:
+        parts = self.build.parts()
+        if self.record is not None:
+            settings = self.plan.as_dict()
+            shape = self.plan.shape
+            parameters = {"total": shape.parameters(), "active": shape.parameters(active_only=True)}
+            self.record.write_config(settings, settings["alflb"] or {}, parts, parameters)
+        with Progress(self.job.steps, start=self.start) if self.first else _Silent() as progress:
+            if self.first:
+                progress.note("; ".join(f"{name}: {value}" for name, value in parts.items()))
+                progress.note(f"text: {self.training.description}")
+            saved = self._train(progress)
+            loss, loads = self.validate()
+        return self._summary(loss, loads, saved)
+
+    # -- training ---------------------------------------------------------------------------------------------------
+
+    def _train(self, progress: Any) -> Path | None:
+        saved: Path | None = None
+        for step in range(self.start + 1, self.job.steps + 1):
+            began = time.perf_counter()
+            figures = self._step(step)
+            record = self._gathered(figures)
+            if self.record is not None:
+                seconds = time.perf_counter() - began
+                record |= {"seconds": seconds, "tokens_per_second": record["tokens"] / seconds}
+                self.record.append(record)
+                progress.step(record)
+            every = self.job.save_every
+            if self.job.save and (step == self.job.steps or (every and step % every == 0)):
+                saved = self.checkpoint.save(
+                    self.trainee, self.plan, step, self.folder / "checkpoints", self.training.fingerprint
+                )
+        return saved
+
+    def _step(self, step: int) -> dict[str, Any]:
+        """One global batch: forward, backward, update of weights and biases."""
+        trainee = self.trainee
+        for chunk in trainee.chunks:
+            chunk.zero_grad_buffer()
+        trainee.optimizer.zero_grad()
+        loss = self._forward(self._batches(self.training, step - 1), forward_only=False)
+        trainee.scheduler.step(increment=1)
+        updated, grad_norm, _ = trainee.optimizer.step()
+        shape = self.plan.shape
+        return {
+            "step": step,
+            "loss": loss,
+            "lr": trainee.scheduler.get_lr(trainee.optimizer.param_groups[0]),
+            "grad_norm": None if grad_norm is None else float(grad_norm),
+            "skipped": not updated,
+            "tokens": self.job.global_batch_size * shape.seq_length,
+        }
+
+    def _batches(self, data: Any, step: int) -> Iterator[Any]:
+        from alflb_megatron.runs.data import micro_batches
+
+        return micro_batches(
+            data,
+            step=step,
+            global_batch_size=self.job.global_batch_size,
+            micro_batch_size=self.job.micro_batch_size,
+            dp_rank=self.dp_rank,
+            dp_size=self.job.dp,
+        )
+
+    def _forward(self, batches: Iterator[Any], forward_only: bool) -> float:
+        """Megatron's forward-backward schedule over one global batch; the mean loss over all its micro-batches."""
+        from megatron.core.pipeline_parallel import get_forward_backward_func
+
+        # Every chunk of an interleaved stage walks through the same micro-batches by itself.
+        chunks = self.trainee.chunks
+        micro_batches = list(batches)
+        losses = get_forward_backward_func()(
+            forward_step_func=self._forward_step,
+            data_iterator=[iter(micro_batches) for _ in chunks] if len(chunks) > 1 else iter(micro_batches),
+            model=chunks if len(chunks) > 1 else chunks[0],
+            num_microbatches=self.job.global_batch_size // (self.job.micro_batch_size * self.job.dp),
+            seq_length=self.plan.shape.seq_length,
+            micro_batch_size=self.job.micro_batch_size,
+            forward_only=forward_only,
+        )
+        # Only the last pipeline stage has losses; the sum over all ranks over their number is the mean either way.
+        total = torch.zeros(2, dtype=torch.float64, device=self.device)
+        for entry in losses:
+            total += torch.stack([entry["loss"].double(), torch.ones_like(entry["loss"], dtype=torch.float64)])
+        dist.all_reduce(total)
+        return float(total[0] / total[1])
+
+    def _forward_step(self, batches: Iterator[Any], model: Any) -> tuple[Tensor, Any]:
+        batch = next(batches).to(self.device)
+        extra: dict[str, Tensor] = {}
+        if self.plan.shape.mtp_layers:
+            extra["loss_mask"] = batch.loss_mask
+        if batch.padding_mask is not None:
+            extra["padding_mask"] = batch.padding_mask
+        output = model(batch.tokens, batch.position_ids, None, labels=batch.labels, **extra)
+
+        def mean_loss(losses: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+            loss = (losses.float() * batch.loss_mask).sum() / batch.loss_mask.sum().clamp(min=1)
+            return loss, {"loss": loss.detach().clone()}  # the schedule divides the first in place
+
+        return output, mean_loss
+
+    # -- what is measured -------------------------------------------------------------------------------------------
+
+    def _gathered(self, record: dict[str, Any]) -> dict[str, Any]:
+        """Adds the loads and biases of all pipeline stages to a step's record."""
+        last = self.trainee.balancer.last
+        local = [] if last is None else list(zip(last.layers, last.loads, last.bias, strict=True))
+        rows = [(layer, loads.tolist(), None if bias is None else bias.tolist()) for layer, loads, bias in local]
+        layers, loads, biases = zip(*sorted(self._over_stages(rows)), strict=True)
+        vio = [_max_vio(row) for row in loads]
+        record |= {
+            "maxvio_mean": math.fsum(vio) / len(vio),
+            "maxvio_max": max(vio),
+            "bias_spread": max((max(bias) - min(bias) for bias in biases if bias is not None), default=0.0),
+            "layers": list(layers),
+            "loads": list(loads),
+        }
+        return record | ({"bias": list(biases)} if biases[0] is not None else {})
+
+    def _over_stages(self, rows: list[Any]) -> list[Any]:
+        if self.job.pp == 1:
+            return rows
+        everywhere: list[Any] = [None] * self.job.pp
+        dist.all_gather_object(everywhere, rows, group=self.pp_group)
+        return [row for stage in everywhere for row in stage]
+
+    def validate(self) -> tuple[float, list[list[int]]]:
+        """Loss over the validation set, and the loads of each MoE layer over the whole of it (Wang et al. 2024)."""
+        from alflb_megatron.loads import LoadSum, measuring
+
+        balancer = self.trainee.balancer
+        windows = [seat.load_window for seat in balancer.seats]
+        for chunk in self.trainee.chunks:
+            chunk.eval()
+        with torch.no_grad(), measuring(windows):
+            losses = [
+                self._forward(self._batches(self.validation, step), forward_only=True)
+                for step in range(self.validation_batches)
+            ]
+            loads = LoadSum(windows, balancer.group).wait() if windows else []
+        for chunk in self.trainee.chunks:
+            chunk.train()
+        rows = sorted(self._over_stages([(k, row.tolist()) for k, row in zip(balancer.layers, loads, strict=True)]))
+        return math.fsum(losses) / len(losses), [row for _, row in rows]
+
+    def _summary(self, loss: float, loads: Sequence[Sequence[int]], saved: Path | None) -> dict[str, Any]:
+        if self.record is None:
+            return {}
+        vio = [_max_vio(row) for row in loads]
+        summary = {
+            "rule": self.job.rule,
+            **summarise(self.record.records()),
+            "validation_loss": loss,
+            "maxvio_global_mean": math.fsum(vio) / len(vio),
+            "maxvio_global_max": max(vio),
+            "validation_loads": [list(row) for row in loads],
+            "checkpoint": None if saved is None else str(saved),
+            "run": str(self.folder),
+        }
+        self.record.write_summary(summary)
+        self.record.close()
+        return summary
+
+
+def _max_vio(loads: Sequence[int]) -> float:
+    from alflb_megatron import metrics
+
+    return float(metrics.max_vio(torch.tensor(loads)))
+
+
+class _Silent:
+    """In place of `Progress` on ranks that show nothing."""
+
+    def step(self, record: Any) -> None: ...
+    def note(self, text: str) -> None: ...
+    def __enter__(self) -> _Silent:
+        return self
+
+    def __exit__(self, *error: object) -> None: ...
