@@ -31,7 +31,9 @@ def parser() -> argparse.ArgumentParser:
     top = _Parser(prog="alflb", description="Auxiliary-loss-free load balancing for Megatron-Core.", allow_abbrev=False)
     top.add_argument("--version", action="version", version=f"alflb {__version__}")
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=_Parser)
-    train = commands.add_parser("train", help="train a DeepSeekMoE with Megatron-Core and watch its balance", allow_abbrev=False)
+    train = commands.add_parser(
+        "train", help="train a DeepSeekMoE with Megatron-Core and watch its balance", allow_abbrev=False
+    )
     add_flags(train.add_argument_group("job"), Job)
     add_flags(train.add_argument_group("model (over the preset)"), ModelShape)
     add_flags(train.add_argument_group("how the expert bias moves"), ALFConfig, PREFIX, skip=("rule",))

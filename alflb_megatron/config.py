@@ -28,7 +28,9 @@ class ALFConfig:
     """How the expert bias is moved. Raises `SettingError` (a `ValueError`) on a value that cannot work."""
 
     rule: str = knob("sign", "how the bias moves; one of the registered rules", choices=_rule_names)
-    step_size: float | None = knob(None, "u of the rule, in score units; none takes the rule's own default", minimum=0.0)
+    step_size: float | None = knob(
+        None, "u of the rule, in score units; none takes the rule's own default", minimum=0.0
+    )
     rule_options: str = knob("", "further knobs of the rule, as name=value,name=value", metavar="NAME=VALUE,...")
     score_unit: str = knob(
         "score",

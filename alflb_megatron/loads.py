@@ -19,7 +19,7 @@ class LoadWindow(nn.Module):
 
     counts_E: Tensor
 
-    def __init__(self, num_experts: int, device: torch.device | str | None = None) -> None:
+    def __init__(self, num_experts: int, device: torch.device | int | str | None = None) -> None:
         super().__init__()
         counts = torch.zeros(num_experts, dtype=torch.int64, device=device)
         self.register_buffer("counts_E", counts, persistent=False)
@@ -38,7 +38,9 @@ class LoadWindow(nn.Module):
     def observe(self, experts_TK: Tensor, valid_T: Tensor | None = None) -> None:
         """Adds the chosen experts of T tokens (int64 [T, K]); tokens whose `valid_T` (bool [T]) is False are padding."""
         self.seen += 1
-        ones = torch.ones_like(experts_TK) if valid_T is None else valid_T.to(torch.int64)[:, None].expand_as(experts_TK)
+        ones = (
+            torch.ones_like(experts_TK) if valid_T is None else valid_T.to(torch.int64)[:, None].expand_as(experts_TK)
+        )
         self.counts_E.scatter_add_(0, experts_TK.reshape(-1), ones.reshape(-1))
 
     @torch.no_grad()

@@ -43,7 +43,12 @@ class ModelShape:
         check(self)
         for flag, value, holds, allowed in (
             ("--topk", self.topk, self.topk <= self.num_experts, f"must be at most the {self.num_experts} experts"),
-            ("--num-heads", self.num_heads, self.hidden_size % self.num_heads == 0, f"must divide --hidden-size {self.hidden_size}"),
+            (
+                "--num-heads",
+                self.num_heads,
+                self.hidden_size % self.num_heads == 0,
+                f"must divide --hidden-size {self.hidden_size}",
+            ),
             (
                 "--num-dense-layers",
                 self.num_dense_layers,
@@ -65,7 +70,9 @@ class ModelShape:
         if self.num_experts % groups:
             raise SettingError("--num-groups", groups, f"must divide the {self.num_experts} experts")
         if chosen > groups or self.topk % chosen:
-            raise SettingError("--group-topk", chosen, f"must be at most --num-groups {groups} and divide --topk {self.topk}")
+            raise SettingError(
+                "--group-topk", chosen, f"must be at most --num-groups {groups} and divide --topk {self.topk}"
+            )
         if self.topk // chosen > self.num_experts // groups:
             raise SettingError("--group-topk", chosen, f"leaves too few experts in its groups for --topk {self.topk}")
 

@@ -145,6 +145,7 @@ class ALFRouter(TopKRouter):
         replay = self.router_replay
         if replay is None:
             return None
+
         def topk(scores_TE: Tensor, k: int, groups: int | None, group_topk: int | None) -> tuple[Tensor, Tensor]:
             return replay.get_replay_topk(scores_TE, k, groups, group_topk, group_limited_topk)
 
@@ -159,9 +160,7 @@ class ALFRouter(TopKRouter):
         )
         masked = padding_T is not None
         probs_TE = self._apply_aux_loss(probs_TE, scores_TE, unbiased_TE, with_padding_mask=masked)
-        probs_TE = self._apply_seq_aux_loss(
-            probs_TE, scores_TE, unbiased_TE, sequence, batch, with_padding_mask=masked
-        )
+        probs_TE = self._apply_seq_aux_loss(probs_TE, scores_TE, unbiased_TE, sequence, batch, with_padding_mask=masked)
         return self._apply_global_aux_loss(probs_TE, scores_TE, unbiased_TE, with_padding_mask=masked)
 
     def _warn_if_never_updated(self) -> None:
@@ -232,5 +231,7 @@ def check_gate(config: TransformerConfig, alf: ALFConfig) -> None:
         )
     if config.moe_router_fusion and alf.score_unit != "score":
         raise SettingError(
-            "--alflb-score-unit", alf.score_unit, "must be score with --moe-router-fusion, which adds the bias to scores"
+            "--alflb-score-unit",
+            alf.score_unit,
+            "must be score with --moe-router-fusion, which adds the bias to scores",
         )

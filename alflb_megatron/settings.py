@@ -41,6 +41,15 @@ class Knob:
     def allowed_choices(self) -> Sequence[str] | None:
         return self.choices() if callable(self.choices) else self.choices
 
+    def holds(self, value: float) -> bool:
+        """Whether a number is finite and within the limits."""
+        return (
+            math.isfinite(value)
+            and (self.above is None or value > self.above)
+            and (self.minimum is None or value >= self.minimum)
+            and (self.maximum is None or value <= self.maximum)
+        )
+
     def bounds(self) -> str:
         """The allowed range in words, empty where there is none."""
         parts = []
@@ -94,15 +103,8 @@ def check(config: Any, prefix: str = "", flag_for: Callable[[str], str] | None =
         choices = knob_.allowed_choices()
         if choices is not None and value not in choices:
             raise SettingError(flag, value, f"must be one of {', '.join(choices)}")
-        if kind in (int, float):
-            outside = (
-                (kind is float and not math.isfinite(value))
-                or (knob_.above is not None and value <= knob_.above)
-                or (knob_.minimum is not None and value < knob_.minimum)
-                or (knob_.maximum is not None and value > knob_.maximum)
-            )
-            if outside:
-                raise SettingError(flag, value, f"must be {knob_.bounds() or 'a finite number'}")
+        if kind in (int, float) and not knob_.holds(typing.cast(float, value)):
+            raise SettingError(flag, value, f"must be {knob_.bounds() or 'a finite number'}")
 
 
 def _read(text: str, kind: type, flag: str, optional: bool) -> Any:
@@ -163,7 +165,11 @@ def markdown_table(cls: type, prefix: str = "") -> str:
     rows = ["| flag | default | allowed | meaning |", "|---|---|---|---|"]
     for field, knob_, kind, optional in knobs(cls):
         choices = knob_.allowed_choices()
-        allowed = ", ".join(f"`{c}`" for c in choices) if choices else " ".join(filter(None, (kind.__name__, knob_.bounds())))
+        allowed = (
+            ", ".join(f"`{c}`" for c in choices) if choices else " ".join(filter(None, (kind.__name__, knob_.bounds())))
+        )
         default = "none" if field.default is None else f"`{field.default}`" if field.default != "" else "empty"
-        rows.append(f"| `{flag_of(field.name, prefix)}` | {default} | {allowed}{' or none' if optional else ''} | {knob_.help} |")
+        rows.append(
+            f"| `{flag_of(field.name, prefix)}` | {default} | {allowed}{' or none' if optional else ''} | {knob_.help} |"
+        )
     return "\n".join(rows)

@@ -83,7 +83,9 @@ def _rebuild(node: Any, router: RouterBuilder, found: list[MoESubmodules]) -> An
         found.append(node)
         if isinstance(node.router, RouterBuilder) or node.router is TopKRouter:
             return dataclasses.replace(node, router=router)
-        raise ValueError(f"the MoE layer has a router of its own, {node.router}; ALF-LB takes the place of TopKRouter only")
+        raise ValueError(
+            f"the MoE layer has a router of its own, {node.router}; ALF-LB takes the place of TopKRouter only"
+        )
     if isinstance(node, functools.partial):
         kwargs = {name: _rebuild(value, router, found) for name, value in node.keywords.items()}
         same = all(kwargs[name] is value for name, value in node.keywords.items())
@@ -132,7 +134,9 @@ def _group_of(seats: Sequence[Any]) -> dist.ProcessGroup | None:
         return seats[0].tp_dp_cp_group if seats else None
     if seats[0].config.sequence_parallel and seats[0].config.tensor_model_parallel_size > 1:
         raise SettingError(
-            "--alflb-reduce-group", "cp_dp", "must be tp_cp_dp with sequence parallelism, which splits the tokens over TP"
+            "--alflb-reduce-group",
+            "cp_dp",
+            "must be tp_cp_dp with sequence parallelism, which splits the tokens over TP",
         )
     return parallel_state.get_data_parallel_group(with_context_parallel=True)
 
@@ -307,4 +311,3 @@ def without_absent_state(sharded: Any, stored: dict[str, Any]) -> Any:
     if isinstance(sharded, list):
         return [without_absent_state(value, stored) for value in sharded if not absent(value)]
     return sharded
-

@@ -43,8 +43,6 @@ SWITCHES: dict[str, Any] = {
     "persist_layer_norm": False,
     # transformer_config.py:TransformerConfig.__post_init__ raises without TE.
     "moe_permute_fusion": False,
-    # pipeline_parallel/p2p_communication.py:_communicate calls torch.cuda.synchronize otherwise.
-    "batch_p2p_sync": False,
 }
 
 
@@ -134,6 +132,7 @@ def _streams() -> None:
     _put(torch.cuda, "Stream", _Stream)
     _put(torch.cuda, "current_stream", lambda device=None: torch.cpu.current_stream())
     _put(torch.cuda, "stream", lambda stream: torch.cpu.stream(stream))
+    _put(torch.cuda, "synchronize", lambda device=None: None)
 
 
 def _splits() -> None:

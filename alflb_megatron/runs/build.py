@@ -120,7 +120,9 @@ def transformer_config(plan: Plan) -> TransformerConfig:
 def gpt_model(plan: Plan, config: TransformerConfig, vp_stage: int | None = None) -> GPTModel:
     """One pipeline chunk of the model, its MoE layers with our router where the plan has a rule of ours."""
     te = have_transformer_engine()
-    spec: Any = get_gpt_decoder_block_spec(config, use_transformer_engine=te, normalization="RMSNorm", vp_stage=vp_stage)
+    spec: Any = get_gpt_decoder_block_spec(
+        config, use_transformer_engine=te, normalization="RMSNorm", vp_stage=vp_stage
+    )
     if not te and config.sequence_parallel:
         spec = cpu.use_plain_norm(spec, config)
     if plan.alf is not None:
@@ -198,11 +200,11 @@ class MultiStep(OptimizerParamScheduler):
     """
 
     def get_lr(self, param_group: dict[str, Any]) -> float:
-        peak = param_group.get("max_lr", self.max_lr)
+        peak = float(param_group.get("max_lr") or self.max_lr)
         if self.num_steps < self.lr_warmup_steps:
-            return float(peak * self.num_steps / self.lr_warmup_steps)
+            return peak * self.num_steps / self.lr_warmup_steps
         share = self.num_steps / self.lr_decay_steps
-        return float(peak * (1.0 if share < 0.8 else 0.1**0.5 if share < 0.9 else 0.1))
+        return peak * (1.0 if share < 0.8 else 0.1**0.5 if share < 0.9 else 0.1)
 
 
 def scheduler(job: Job, optimizer: Any) -> OptimizerParamScheduler:

@@ -8,6 +8,7 @@ everything as JSON to OUT/demo.json.
 from __future__ import annotations
 
 import argparse
+import codecs
 import json
 import os
 import re
@@ -21,10 +22,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from alflb_megatron.runs.job import resolve
 from alflb_megatron.runs.record import is_run, maxvio_text, write_json
 from alflb_megatron.settings import SettingError
 
-OURS = "proportional"
+OURS = "sqrt"
 RULES = ("none", "builtin", OURS)
 LABELS = {"none": "none", "builtin": "builtin (Megatron-Core's own)"}
 
@@ -36,7 +38,7 @@ COLUMNS = {
     "MaxVio_global": "the same, of the loads over the whole validation set, mean over the MoE layers "
     "(Wang et al. 2024, arXiv 2408.15664).",
     "steps to 0.2": "first step with MaxVio at most 0.2 whose next 4 steps have a mean of at most 0.2.",
-    "seconds a step": "median over the steps without the first 5.",
+    "seconds a step": "median over the steps, the first 5 left out.",
 }
 
 
@@ -56,6 +58,7 @@ def run_streaming(command: Sequence[str], log: Path) -> tuple[int, str]:
         import termios
 
         termios.tcsetwinsize(writer, termios.tcgetwinsize(sys.stderr.fileno()))
+    decoder = codecs.getincrementaldecoder("utf-8")("replace")
     with tempfile.TemporaryFile() as stdout, log.open("wb") as kept:
         process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=stdout, stderr=writer)
         os.close(writer)
@@ -74,7 +77,7 @@ def run_streaming(command: Sequence[str], log: Path) -> tuple[int, str]:
                 if not piece:
                     break
                 kept.write(piece)
-                sys.stderr.write(piece.decode(errors="replace"))
+                sys.stderr.write(decoder.decode(piece))
                 sys.stderr.flush()
             process.wait()
         finally:
@@ -92,24 +95,26 @@ def last_lines(text: str, count: int = 12) -> str:
     return "\n".join(f"    {line}" for line in [line for line in lines if line][-count:])
 
 
+def failure(rule: str, code: int, output: str) -> str:
+    """One line that says which training failed and how, and below it the last lines of what it printed."""
+    how = f"signal {-code}" if code < 0 else f"exit code {code}"
+    return f"training with rule {rule} failed ({how}); the last lines of its output:\n{last_lines(output)}"
+
+
+def _job(rule: str, steps: int, nproc: int, seed: int) -> dict[str, Any]:
+    """The flags of `alflb train` that the demo sets, by name."""
+    ep = 2 if nproc % 2 == 0 else 1  # the experts of the preset can be split in two
+    return {"preset": "tiny", "rule": rule, "nproc": nproc, "ep": ep, "steps": steps, "seed": seed}
+
+
 def train(rule: str, out: Path, steps: int, nproc: int, seed: int) -> dict[str, Any]:
     """Trains under `rule` into the run folder `out`, and returns its summary; `TrainingFailed` if that fails."""
-    options = {
-        "preset": "tiny",
-        "rule": rule,
-        "nproc": nproc,
-        "ep": 2 if nproc % 2 == 0 else 1,  # the experts of the preset can always be split in two
-        "steps": steps,
-        "seed": seed,
-        "out": out,
-    }
+    options = {**_job(rule, steps, nproc, seed), "out": str(out)}
     flags = [text for name, value in options.items() for text in (f"--{name}", str(value))]
     log = out.with_name(f"{out.name}.log")
     code, printed = run_streaming([sys.executable, "-m", "alflb_megatron.cli", "train", *flags, "--json"], log)
     if code != 0:
-        tail = last_lines(printed + "\n" + log.read_text(encoding="utf-8", errors="replace"))
-        how = f"signal {-code}" if code < 0 else f"exit code {code}"
-        raise TrainingFailed(f"training with rule {rule} failed ({how}); the last lines of its output:\n{tail}")
+        raise TrainingFailed(failure(rule, code, printed + "\n" + log.read_text(encoding="utf-8", errors="replace")))
     try:
         summary: dict[str, Any] = json.loads((out / "summary.json").read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -174,14 +179,10 @@ def demo(
     `steps` of training each, on `nproc` processes (expert-parallel size 2 where that is even), all from `seed`.
     Raises SettingError for a bad argument, and `TrainingFailed` if a training does.
     """
-    for flag, value in (("--steps", steps), ("--nproc", nproc)):
-        if value < 1:
-            raise SettingError(flag, value, "must be at least 1")
-    if not rules or len(set(rules)) < len(rules):
+    if not 1 <= len(set(rules)) == len(rules):
         raise SettingError("--rules", " ".join(rules) or "nothing", "must name at least one rule, and each once")
-    for rule in rules:
-        if not re.fullmatch(r"[A-Za-z][\w-]*", rule):
-            raise SettingError("--rules", rule, "must be names of rules, separated by spaces")
+    for rule in rules:  # all of them now: the third must not fail after two trainings
+        resolve(_job(rule, steps, nproc, seed), {}, {})
     out = Path(out)
     record: dict[str, Any] = {"steps": steps, "nproc": nproc, "seed": seed, "rules": list(rules), "runs": {}}
     _prepare(out, rules, record)
@@ -191,7 +192,7 @@ def demo(
         record["runs"][rule] = train(rule, out / rule, steps, nproc, seed)
     from alflb_megatron.runs.plots import plot_comparison
 
-    folders = {LABELS.get(rule, f"{rule} (alflb_megatron)"): out / rule for rule in rules}
+    folders = {LABELS.get(rule, f"{rule} (alflb)"): out / rule for rule in rules}
     picture = plot_comparison(folders, out / "comparison.png")
     record |= {"seconds": round(time.monotonic() - start, 1), "picture": str(picture)}
     write_json(out / "demo.json", record)

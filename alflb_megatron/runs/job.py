@@ -45,15 +45,23 @@ class Job:
     clip_grad: float = knob(1.0, "gradient norm above which gradients are scaled down; 0 for never", minimum=0.0)
     seed: int = knob(1234, "seed of weights and data order", minimum=0)
     aux_loss_coeff: float = knob(0.0, "coefficient of Megatron-Core's auxiliary load-balancing loss", minimum=0.0)
-    aux_loss_type: str = knob(
-        "aux_loss", "its form", choices=("aux_loss", "seq_aux_loss", "global_aux_loss")
-    )
+    aux_loss_type: str = knob("aux_loss", "its form", choices=("aux_loss", "seq_aux_loss", "global_aux_loss"))
     z_loss_coeff: float = knob(0.0, "coefficient of the router's z-loss", minimum=0.0)
-    capacity_factor: float | None = knob(None, "expert capacity over the mean load; beyond it tokens are dropped", above=0.0)
+    capacity_factor: float | None = knob(
+        None, "expert capacity over the mean load; beyond it tokens are dropped", above=0.0
+    )
     router_dtype: str = knob("fp32", "precision of the gate", choices=("fp32", "fp64", "model"))
-    data: str = knob("stdlib", "text to train on: stdlib, a file or folder, or the prefix of a Megatron .bin/.idx pair", metavar="SOURCE")
-    tokenizer: str = knob("byte", "how it is cut into tokens (a .bin/.idx pair was cut already: name what cut it)", metavar="NAME")
-    validation_sequences: int = knob(64, "sequences the model is validated on; rounded down to whole batches", minimum=1)
+    data: str = knob(
+        "stdlib",
+        "text to train on: stdlib, a file or folder, or the prefix of a Megatron .bin/.idx pair",
+        metavar="SOURCE",
+    )
+    tokenizer: str = knob(
+        "byte", "how it is cut into tokens (a .bin/.idx pair was cut already: name what cut it)", metavar="NAME"
+    )
+    validation_sequences: int = knob(
+        64, "sequences the model is validated on; rounded down to whole batches", minimum=1
+    )
     nproc: int = knob(2, "ranks to start on this machine", minimum=1)
     tp: int = knob(1, "tensor-parallel ranks (with sequence parallelism above 1)", minimum=1)
     pp: int = knob(1, "pipeline stages", minimum=1)
@@ -64,7 +72,9 @@ class Job:
     optimizer: str = knob("adam", "adam, or Megatron-Core's distributed optimizer", choices=("adam", "distributed"))
     overlap_grad_reduce: bool = knob(False, "reduce gradients while the backward pass runs")
     dtype: str = knob("fp32", "precision of weights and activations", choices=("fp32", "bf16"))
-    recompute: str = knob("none", "activations to recompute: none, all, or those of MoE layers", choices=("none", "full", "moe"))
+    recompute: str = knob(
+        "none", "activations to recompute: none, all, or those of MoE layers", choices=("none", "full", "moe")
+    )
     router_fusion: bool = knob(False, "Transformer Engine's fused router")
     grouped_gemm: bool = knob(False, "experts as one grouped matrix product (needs Transformer Engine)")
     out: str = knob("", "run folder; default runs/<preset>-<rule>-<seed>", metavar="DIR")
@@ -171,11 +181,15 @@ def resolve(job: Mapping[str, Any], shape: Mapping[str, Any], alf: Mapping[str, 
 def _builtin_rate(job: Job, shape: ModelShape, alf: Mapping[str, Any]) -> float | None:
     given = [name for name in alf if not (job.rule == "builtin" and name == "step_size")]
     if given:
-        raise SettingError(f"--{PREFIX}{given[0].replace('_', '-')}", alf[given[0]], f"has no meaning with --rule {job.rule}")
+        raise SettingError(
+            f"--{PREFIX}{given[0].replace('_', '-')}", alf[given[0]], f"has no meaning with --rule {job.rule}"
+        )
     if job.rule == "none":
         return None
     if shape.gate != "sigmoid":
-        raise SettingError("--rule", "builtin", f"Megatron-Core's own expert bias needs --gate sigmoid, not {shape.gate}")
+        raise SettingError(
+            "--rule", "builtin", f"Megatron-Core's own expert bias needs --gate sigmoid, not {shape.gate}"
+        )
     rate = ALFConfig(rule="sign", step_size=alf.get("step_size", BUILTIN_RATE)).step_size
     return rate
 
@@ -204,13 +218,17 @@ def _check_split(job: Job, shape: ModelShape) -> None:
     step = job.micro_batch_size * job.dp
     if job.global_batch_size % step:
         raise SettingError(
-            "--global-batch-size", job.global_batch_size, f"must be a multiple of micro-batch size * data-parallel ranks = {step}"
+            "--global-batch-size",
+            job.global_batch_size,
+            f"must be a multiple of micro-batch size * data-parallel ranks = {step}",
         )
     if job.vpp > 1 and job.pp == 1:
         raise SettingError("--vpp", job.vpp, "needs --pp above 1")
     micro_batches = job.global_batch_size // step
     if job.vpp > 1 and micro_batches % job.pp:
-        raise SettingError("--vpp", job.vpp, f"needs the {micro_batches} micro-batches a rank to be a multiple of --pp {job.pp}")
+        raise SettingError(
+            "--vpp", job.vpp, f"needs the {micro_batches} micro-batches a rank to be a multiple of --pp {job.pp}"
+        )
 
 
 def _check_parts(job: Job, shape: ModelShape) -> None:

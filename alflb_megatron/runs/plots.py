@@ -162,7 +162,7 @@ def _draw_lines(axes: Axes, runs: Mapping[str, _Run]) -> None:
         axes.plot(run.steps_N, smooth(run.maxvio_N, window), color=colour, linewidth=2.2, label=label, marker=marker)
     floors = sorted({run.floor() for run in runs.values()})
     for i, floor in enumerate(floors):
-        name = "sampling floor (experts drawn uniformly)" if i == 0 else None
+        name = "sampling floor (uniform draws)" if i == 0 else None
         axes.axhline(floor, color="black", linestyle=(0, (5, 3)), linewidth=1.2, label=name)
         axes.annotate(
             maxvio_text(floor), (1, floor), xycoords=("axes fraction", "data"), xytext=(5, 0),

@@ -60,7 +60,9 @@ class _Session:
 
         job, shape = plan.job, plan.shape
         self.plan, self.job, self.build, self.checkpoint = plan, job, build, checkpoint
-        self.device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+        self.device = (
+            torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+        )
         self.first = dist.get_rank() == 0
         self.dp_rank = parallel_state.get_data_parallel_rank()
         self.pp_group = parallel_state.get_pipeline_model_parallel_group()
@@ -84,8 +86,8 @@ class _Session:
         self.record = RunFolder(self.folder, resume_step=self.start or None) if self.first else None
         dist.barrier()
         self.trainee = build.trainee(plan)
-        if self.resumed or self.loaded:
-            checkpoint.load(self.trainee, plan, self.resumed or self.loaded, weights_only=self.loaded is not None)
+        if (saved := self.resumed or self.loaded) is not None:
+            checkpoint.load(self.trainee, plan, saved, weights_only=self.loaded is not None)
         self.trainee.scheduler.step(increment=self.start)
 
     def _check_resumed(self) -> None:
@@ -93,7 +95,9 @@ class _Session:
         if self.resumed.step >= self.job.steps:
             raise SettingError("--steps", self.job.steps, f"must be above {self.resumed.step}, where the run stands")
         if self.resumed.fingerprint != self.training.fingerprint:
-            raise SettingError("--data", self.job.data, "is not the text, or not the order, that this run was started with")
+            raise SettingError(
+                "--data", self.job.data, "is not the text, or not the order, that this run was started with"
+            )
 
     def run(self) -> dict[str, Any]:
         parts = self.build.parts()

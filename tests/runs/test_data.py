@@ -21,6 +21,7 @@ from alflb_megatron.runs.data import TextData, collate, micro_batches, open_data
 from alflb_megatron.settings import SettingError
 
 S = 16
+LOW_NAMES = ("low29", "low31")
 
 
 def opened(source: str | Path, **changes):
@@ -105,13 +106,17 @@ def test_folder_is_split_by_file_and_says_what_it_left_out(folder: Path):
     assert "120 files" in train.description and "3 left out as not UTF-8 text" in train.description
 
 
-@pytest.mark.parametrize("count", [2, 3, 4, 5])
-def test_few_files_still_split_by_file(tmp_path: Path, count: int):
-    for i in range(count):
-        (tmp_path / f"{i}.txt").write_text(chr(97 + i) * 100)
+@pytest.mark.parametrize("names", [("few0", "few1"), ("few0", "few1", "few2", "few3"), LOW_NAMES])
+def test_few_files_still_split_by_file(tmp_path: Path, names: tuple[str, ...]):
+    """Names whose hashes all lie above the share of validation, or all below it."""
+    below = {int.from_bytes(hashlib.sha256(f"{name}.txt".encode()).digest()) < 2**256 * 0.05 for name in names}
+    assert below == {names == LOW_NAMES}
+    for i, name in enumerate(names):
+        (tmp_path / f"{name}.txt").write_text(chr(97 + i) * 100)
     train, validation = opened(tmp_path)
     seen = [{byte for text in windows(data) for byte in text} - {0} for data in (train, validation)]
-    assert seen[0].isdisjoint(seen[1]) and len(seen[1]) == 1 and len(seen[0] | seen[1]) == count
+    assert seen[0].isdisjoint(seen[1]) and len(seen[0] | seen[1]) == len(names)
+    assert len(seen[1]) == 1
 
 
 @pytest.mark.parametrize("inside_a_folder", [False, True])
@@ -121,6 +126,15 @@ def test_single_file_keeps_its_end_for_validation(numbered: Path, inside_a_folde
     end = len(text) - round(len(text) * 0.05)
     assert Counter(windows(train)) == Counter(cut(text[:end]))
     assert windows(validation) == cut(text[end:])
+
+
+def test_every_length_gives_all_its_whole_windows(tmp_path: Path):
+    for length in range(341, 341 + 3 * S):
+        text = bytes(33 + i % 90 for i in range(length))
+        (tmp_path / "text.txt").write_bytes(text)
+        end = length - round(length * 0.05)
+        train, validation = opened(tmp_path / "text.txt")
+        assert Counter(windows(train)) == Counter(cut(text[:end])) and windows(validation) == cut(text[end:])
 
 
 # ----------------------------------------------------------------------------------------------- order and batches
@@ -288,9 +302,9 @@ def test_indexed_rewritten_under_its_name_is_not_read_by_the_old_index(indexed: 
     before = opened(indexed)[0]
     for path in (indexed.with_suffix(".bin"), indexed.with_suffix(".idx")):
         path.unlink()
-    write_indexed(indexed, [[99] * 60 for _ in range(20)])
+    write_indexed(indexed, [[99] * 60 for _ in token_documents()])
     after = opened(indexed)[0]
-    assert {byte for text in windows(after) for byte in text} == {99} and len(after) == (19 * 60 - 1) // S
+    assert {byte for text in windows(after) for byte in text} == {99} and len(after) == (38 * 60 - 1) // S
     assert after.fingerprint != before.fingerprint
 
 

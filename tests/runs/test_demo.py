@@ -3,7 +3,7 @@
 import json
 import os
 import pty
-import re
+import signal
 import subprocess
 import sys
 
@@ -11,14 +11,12 @@ import pytest
 
 from alflb_megatron.runs.demo import (
     COLUMNS,
-    RULES,
-    TrainingFailed,
     demo,
+    failure,
     format_table,
     last_lines,
     main,
     run_streaming,
-    train,
 )
 from alflb_megatron.runs.record import RunFolder, is_run, write_json
 from alflb_megatron.settings import SettingError
@@ -71,7 +69,7 @@ def test_the_table_of_three_folders(tmp_path):
 
 
 def test_one_line_explains_each_column():
-    assert list(COLUMNS)[0] == "rule" and len(COLUMNS) == 6
+    assert next(iter(COLUMNS)) == "rule" and len(COLUMNS) == 6
     assert "Wang et al. 2024" in COLUMNS["MaxVio_global"]
     assert not any("\n" in meaning for meaning in COLUMNS.values())
 
@@ -136,19 +134,37 @@ def test_last_lines_skip_empty_ones_and_show_a_bar_as_it_was_last():
 # -- failures ------------------------------------------------------------------------------------------------------
 
 
-def test_a_training_that_fails_is_named_with_its_last_lines_and_exit_code_1(tmp_path, capfd):
-    assert main(["--rules", "no-such-rule", "--steps", "2", "--out", str(tmp_path / "demo")]) == 1
+def test_a_training_that_fails_is_named_with_its_last_lines_and_exit_code_1(tmp_path, capfd, monkeypatch):
+    monkeypatch.setenv("RANK", "0")  # `alflb train` takes itself for one of three ranks, and refuses --nproc 2
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    assert main(["--rules", "builtin", "--steps", "2", "--out", str(tmp_path / "demo")]) == 1
     error = capfd.readouterr().err
-    assert "alflb demo: training with rule no-such-rule failed (exit code 2); the last lines of its output:\n" in error
-    assert "no-such-rule" in error.splitlines()[-1] and error.splitlines()[-1].startswith("    ")
+    assert "alflb demo: training with rule builtin failed (exit code 2); the last lines of its output:\n" in error
+    assert error.splitlines()[-1].startswith("    ") and "--nproc=2: must be left out" in error.splitlines()[-1]
     assert "Traceback" not in error
-    assert (tmp_path / "demo" / "no-such-rule.log").read_text() in error
+    assert (tmp_path / "demo" / "builtin.log").read_text() in error
+    assert json.loads((tmp_path / "demo" / "demo.json").read_text())["runs"] == {}
 
 
-def test_a_training_ended_by_a_signal_is_told_apart(tmp_path, monkeypatch):
-    monkeypatch.setattr(sys, "executable", "/bin/sh")  # `sh -m ...` is no Python; it fails without starting a training
-    with pytest.raises(TrainingFailed, match=r"rule sign failed \(exit code \d+\); the last lines"):
-        train("sign", tmp_path / "sign", steps=1, nproc=1, seed=1)
+def test_a_training_ended_by_a_signal_is_told_apart(tmp_path):
+    code, _ = run_streaming(python("import os; os.kill(os.getpid(), 9)"), tmp_path / "log")
+    assert failure("sign", code, "step 1\n") == (
+        "training with rule sign failed (signal 9); the last lines of its output:\n    step 1"
+    )
+
+
+def test_an_interrupt_ends_the_process_too(tmp_path):
+    inner = "import os, sys, time; print(os.getpid(), file=sys.stderr, flush=True); time.sleep(60)"
+    outer = (
+        "import sys; from pathlib import Path; from alflb_megatron.runs.demo import run_streaming;"
+        f"run_streaming([sys.executable, '-c', {inner!r}], Path({str(tmp_path / 'log')!r}))"
+    )
+    process = subprocess.Popen(python(outer), stderr=subprocess.PIPE, text=True)
+    pid = int(process.stderr.readline())
+    process.send_signal(signal.SIGINT)
+    assert "KeyboardInterrupt" in process.communicate(timeout=30)[1]
+    with pytest.raises(ProcessLookupError):
+        os.kill(pid, 0)
 
 
 @pytest.mark.parametrize(
@@ -157,12 +173,14 @@ def test_a_training_ended_by_a_signal_is_told_apart(tmp_path, monkeypatch):
         (["--steps", "0"], "--steps=0: must be at least 1"),
         (["--nproc", "-1"], "--nproc=-1: must be at least 1"),
         (["--rules", "sign", "sign"], "--rules=sign sign: must name at least one rule, and each once"),
-        (["--rules", "../home"], "--rules=../home: must be names of rules, separated by spaces"),
+        (["--rules", "none", "../home"], "--rule=../home: must be one of none, builtin, "),
+        (["--nproc", "3"], "--global-batch-size=8: must be a multiple of "),
     ],
 )
 def test_a_bad_flag_is_one_line_and_exit_code_2(tmp_path, capsys, arguments, message):
     assert main(["--out", str(tmp_path / "demo"), *arguments]) == 2
-    assert capsys.readouterr().err == f"alflb demo: {message}\n"
+    error = capsys.readouterr().err
+    assert error.startswith(f"alflb demo: {message}") and error.count("\n") == 1
     assert not (tmp_path / "demo").exists()
 
 
