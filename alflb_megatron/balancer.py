@@ -75,7 +75,7 @@ class Balancer:
 
     @torch.no_grad()
     def commit(self) -> Record | None:
-        """Waits for the loads, moves every bias that is not frozen, empties the windows; None if nothing was launched."""
+        """Waits for the loads, moves every bias that is not frozen, empties the windows; None if none was launched."""
         if self._sum is None:
             return None
         loads = self._sum.wait()

@@ -14,6 +14,8 @@ from alflb_megatron import __version__
 from alflb_megatron.config import PREFIX, ALFConfig
 from alflb_megatron.models import ModelShape
 from alflb_megatron.runs import launch
+from alflb_megatron.runs.demo import add_arguments as add_demo_flags
+from alflb_megatron.runs.demo import run as run_demo
 from alflb_megatron.runs.job import Job, Plan, resolve
 from alflb_megatron.settings import SettingError, add_flags, given_flags
 
@@ -38,6 +40,11 @@ def parser() -> argparse.ArgumentParser:
     add_flags(train.add_argument_group("model (over the preset)"), ModelShape)
     add_flags(train.add_argument_group("how the expert bias moves"), ALFConfig, PREFIX, skip=("rule",))
     train.set_defaults(run=_train)
+    demo = commands.add_parser(
+        "demo", help="train without a bias, with Megatron-Core's own and with ours, and compare", allow_abbrev=False
+    )
+    add_demo_flags(demo)
+    demo.set_defaults(run=run_demo)
     return top
 
 

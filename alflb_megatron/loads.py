@@ -36,7 +36,7 @@ class LoadWindow(nn.Module):
 
     @torch.no_grad()
     def observe(self, experts_TK: Tensor, valid_T: Tensor | None = None) -> None:
-        """Adds the chosen experts of T tokens (int64 [T, K]); tokens whose `valid_T` (bool [T]) is False are padding."""
+        """Adds the chosen experts of T tokens (int64 [T, K]); those not `valid_T` (bool [T]) are padding."""
         self.seen += 1
         ones = (
             torch.ones_like(experts_TK) if valid_T is None else valid_T.to(torch.int64)[:, None].expand_as(experts_TK)

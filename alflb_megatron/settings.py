@@ -141,7 +141,7 @@ def add_flags(parser: Any, cls: type, prefix: str = "", skip: Sequence[str] = ()
 
 
 def given_flags(namespace: argparse.Namespace, cls: type, prefix: str = "") -> dict[str, Any]:
-    """The knobs of `cls` that were given on the command line, by field name; `SettingError` where a text is no value."""
+    """The knobs of `cls` that were given on the command line, by field name; `SettingError` on a bad text."""
     values, given = vars(namespace), {}
     for field, _, kind, optional in knobs(cls):
         flag = flag_of(field.name, prefix)
@@ -170,6 +170,6 @@ def markdown_table(cls: type, prefix: str = "") -> str:
         )
         default = "none" if field.default is None else f"`{field.default}`" if field.default != "" else "empty"
         rows.append(
-            f"| `{flag_of(field.name, prefix)}` | {default} | {allowed}{' or none' if optional else ''} | {knob_.help} |"
+            f"| `{flag_of(field.name, prefix)}` | {default} | {allowed}{' or none' * optional} | {knob_.help} |"
         )
     return "\n".join(rows)

@@ -38,9 +38,7 @@ def gates() -> list[Gate]:
             (1, 4), (("sigmoid", False), ("softmax", False), ("softmax", True)), (None, 2.5)
         )
     ]
-    grouped = [
-        Gate(topk=4, score_function=function, num_groups=4, group_topk=2) for function in ("sigmoid", "softmax")
-    ]
+    grouped = [Gate(topk=4, score_function=function, num_groups=4, group_topk=2) for function in ("sigmoid", "softmax")]
     return plain + grouped
 
 
@@ -90,7 +88,9 @@ def test_gate_weights_come_from_unbiased_scores(gate: Gate, unit: str) -> None:
     choice = select(logits(), gate, bias())
     scores = torch.sigmoid(x) if gate.score_function == "sigmoid" else torch.softmax(x, dim=-1)
     chosen = torch.where(choice.map_TE, scores, 0.0)
-    if (gate.score_function == "sigmoid" and gate.topk > 1) or (gate.score_function == "softmax" and not gate.pre_softmax):
+    if (gate.score_function == "sigmoid" and gate.topk > 1) or (
+        gate.score_function == "softmax" and not gate.pre_softmax
+    ):
         chosen = chosen / chosen.sum(dim=-1, keepdim=True)
     expected = chosen * (gate.scaling_factor or 1.0)
     torch.testing.assert_close(choice.probs_TE.double(), expected, rtol=0, atol=1e-6)

@@ -36,14 +36,14 @@ from alflb_megatron.settings import SettingError
 
 logger = logging.getLogger(__name__)
 
-# `megatron.core.distributed.finalize_model_grads` is the function; the module of that name is reached through sys.modules.
+# `megatron.core.distributed.finalize_model_grads` is the function; the module of that name is in sys.modules.
 _finalize_module = sys.modules["megatron.core.distributed.finalize_model_grads"]
 
 if "router" not in {field.name for field in dataclasses.fields(MoESubmodules)}:
     raise ImportError("alflb_megatron needs megatron-core >= 0.16: this one builds its router by name")
 
 
-# -- the router in a layer spec ------------------------------------------------------------------------------------------
+# -- the router in a layer spec ----------------------------------------------------------------------------------------
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,7 +104,7 @@ def _rebuild(node: Any, router: RouterBuilder, found: list[MoESubmodules]) -> An
     return node
 
 
-# -- the update, once per global batch -----------------------------------------------------------------------------------
+# -- the update, once per global batch ---------------------------------------------------------------------------------
 
 _BALANCERS: WeakKeyDictionary[nn.Module, Balancer] = WeakKeyDictionary()
 
@@ -165,7 +165,7 @@ def install(config: Any) -> None:
     config.finalize_model_grads_func = update_hook(config.finalize_model_grads_func or finalize_model_grads)
 
 
-# -- watching a router that is not ours ----------------------------------------------------------------------------------
+# -- watching a router that is not ours --------------------------------------------------------------------------------
 
 
 def watch(model: Sequence[nn.Module]) -> Balancer:
@@ -189,7 +189,7 @@ def _count_routing_map(router: Any, args: tuple[Any, ...], kwargs: dict[str, Any
         router.load_window.observe_map(output[1], None if padding is None else ~padding.reshape(-1))
 
 
-# -- the one-line mode ---------------------------------------------------------------------------------------------------
+# -- the one-line mode -------------------------------------------------------------------------------------------------
 
 
 class _Patch:

@@ -153,6 +153,33 @@ def _router_gemm() -> None:
         moe_utils.te_general_gemm = None  # type: ignore[attr-defined]
 
 
+def _adam_step() -> None:
+    optimizer = importlib.import_module("megatron.core.optimizer.distrib_optimizer")
+    if optimizer.HAVE_APEX_OR_TE:
+        return
+    plain_state_dict = optimizer.DistributedOptimizer.state_dict
+    plain_set = optimizer.DistributedOptimizer._set_main_param_and_optimizer_states
+
+    @functools.wraps(plain_state_dict)
+    def state_dict(self: Any) -> dict[str, Any]:
+        if not self.optimizer.state:
+            self.init_state_fn(self.optimizer, self.config)
+            for state in self.optimizer.state.values():
+                state["step"] = torch.tensor(0.0)
+        return plain_state_dict(self)
+
+    @functools.wraps(plain_set)
+    def set_states(self: Any, model_param: torch.Tensor, tensors: dict[str, Any]) -> None:
+        group, order = self.model_param_group_index_map[model_param]
+        state = self.optimizer.state[self.optimizer.param_groups[group]["params"][order]]
+        # load_state_dict gave every parameter the same step tensor, which Adam would then advance once for each.
+        state["step"] = state["step"].clone()
+        plain_set(self, model_param, {**tensors, "step": state["step"]})
+
+    _put(optimizer.DistributedOptimizer, "state_dict", state_dict)
+    _put(optimizer.DistributedOptimizer, "_set_main_param_and_optimizer_states", set_states)
+
+
 SUBSTITUTIONS: tuple[Substitution, ...] = (
     Substitution(
         "current_device",
@@ -205,6 +232,13 @@ SUBSTITUTIONS: tuple[Substitution, ...] = (
         "0.16.1 reads `te_general_gemm`, a name that exists only with Transformer Engine: define it as None",
         _router_gemm,
     ),
+    Substitution(
+        "adam_step",
+        "optimizer/distrib_optimizer.py:state_dict, "
+        "optimizer/distrib_optimizer.py:_set_main_param_and_optimizer_states",
+        "torch's Adam counts steps a parameter, TE's and apex's a group: lets the distributed optimizer load",
+        _adam_step,
+    ),
 )
 
 
@@ -253,7 +287,9 @@ class SequenceParallelNorm:
     def __new__(cls, config: Any, hidden_size: int, eps: float = 1e-5, **_: Any) -> torch.nn.Module:  # type: ignore[misc]
         kinds: dict[str, type[torch.nn.Module]] = {"LayerNorm": torch.nn.LayerNorm, "RMSNorm": torch.nn.RMSNorm}
         if config.normalization not in kinds or config.layernorm_zero_centered_gamma:
-            raise ValueError(f"normalization={config.normalization}: must be LayerNorm or RMSNorm, gamma not zero-centred")
+            raise ValueError(
+                f"normalization={config.normalization}: must be LayerNorm or RMSNorm, gamma not zero-centred"
+            )
         norm = kinds[config.normalization](hidden_size, eps=eps)
         for parameter in norm.parameters():
             parameter.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]

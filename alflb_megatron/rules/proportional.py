@@ -1,6 +1,6 @@
 """p_k <- p_k + u (L - A_k) / L: a gradient step on the dual with constant step size.
 
-The variant "b += u e" of Wang et al. 2024 (arXiv 2408.15664, section 4.4), whose unit of e is not stated there; here e is
+The variant "b += u e" of Wang et al. 2024 (arXiv 2408.15664, section 4.4), whose unit of e is not stated; here e is
 the violation relative to the mean load, so u means the same at every batch size. In the unit of Han and Zhong (2025)
 eps = u / L. Too large a u oscillates: gradient descent needs eps below 2 / (largest eigenvalue of the dual's Hessian).
 """

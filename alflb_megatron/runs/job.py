@@ -123,7 +123,7 @@ SCHEDULES: dict[str, dict[str, Any]] = {
         "save_every": 1000,
     },
 }
-"""What a preset changes in `Job`. Batch, steps and peak rate of the DeepSeekMoE presets are Wang et al.'s (appendix)."""
+"""What a preset changes in `Job`. Batch, steps and rates of the DeepSeekMoE presets are Wang et al.'s (appendix)."""
 
 
 @dataclass(frozen=True)

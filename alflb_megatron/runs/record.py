@@ -351,7 +351,13 @@ class Progress:
             from tqdm import tqdm
 
             layout = "{percentage:3.0f}%|{bar}| step {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]"
-            self._bar = tqdm(total=total, initial=start, file=self.stream, bar_format=layout, dynamic_ncols=True)
+            try:
+                known = 0 not in os.get_terminal_size(self.stream.fileno())
+            except OSError:
+                known = False
+            # A terminal that gives its size as zero (often a container's) would get an empty bar.
+            size: dict[str, Any] = {"dynamic_ncols": True} if known else {"ncols": 80, "nrows": 24}
+            self._bar = tqdm(total=total, initial=start, file=self.stream, bar_format=layout, **size)
 
     def step(self, record: Mapping[str, Any]) -> None:
         """Shows the record of a step (keys step, loss, maxvio_mean, tokens, seconds)."""

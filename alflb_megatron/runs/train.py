@@ -68,6 +68,11 @@ class _Session:
         self.pp_group = parallel_state.get_pipeline_model_parallel_group()
         self.folder = Path(job.folder)
         self.validation_batches = max(1, job.validation_sequences // job.global_batch_size)
+        self.resumed = checkpoint.find(self.folder, "--resume") if job.resume else None
+        self.loaded = checkpoint.find(job.load, "--load") if job.load else None
+        self.start = self.resumed.step if self.resumed else 0
+        if self.start >= job.steps:
+            raise SettingError("--steps", job.steps, f"must be above {self.start}, where the run stands")
         self.training, self.validation = open_data(
             job.data,
             tokenizer=job.tokenizer,
@@ -76,28 +81,17 @@ class _Session:
             seed=job.seed,
             train_samples=job.steps * job.global_batch_size,
             validation_samples=self.validation_batches * job.global_batch_size,
-            cache_dir=self.folder / "data",
+            cache_dir=None,
         )
-        self.resumed = checkpoint.find(self.folder, "--resume") if job.resume else None
-        self.loaded = checkpoint.find(job.load, "--load") if job.load else None
-        if self.resumed is not None:
-            self._check_resumed()
-        self.start = self.resumed.step if self.resumed else 0
+        if self.resumed is not None and self.resumed.fingerprint != self.training.fingerprint:
+            raise SettingError("--data", job.data, "is not the text, or not the order, that this run was started with")
+        # Only now: a run that cannot go on leaves the records of the one it finds as they are.
         self.record = RunFolder(self.folder, resume_step=self.start or None) if self.first else None
         dist.barrier()
         self.trainee = build.trainee(plan)
         if (saved := self.resumed or self.loaded) is not None:
             checkpoint.load(self.trainee, plan, saved, weights_only=self.loaded is not None)
         self.trainee.scheduler.step(increment=self.start)
-
-    def _check_resumed(self) -> None:
-        assert self.resumed is not None
-        if self.resumed.step >= self.job.steps:
-            raise SettingError("--steps", self.job.steps, f"must be above {self.resumed.step}, where the run stands")
-        if self.resumed.fingerprint != self.training.fingerprint:
-            raise SettingError(
-                "--data", self.job.data, "is not the text, or not the order, that this run was started with"
-            )
 
     def run(self) -> dict[str, Any]:
         parts = self.build.parts()

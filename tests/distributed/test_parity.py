@@ -32,7 +32,13 @@ SHAPES: dict[str, dict[str, Any]] = {
     "group-limited": {"num_groups": 4, "group_topk": 2, "topk_scaling_factor": 2.5},
     "mtp": {"mtp_layers": 1},
 }
-LAYOUTS = [["dp2"], [name for name, job in CASES.items() if job.get("ep") == 2], ["tp2-sequence-parallel"], ["pp2"], ["pp2-interleaved"]]
+LAYOUTS = [
+    ["dp2"],
+    [name for name, job in CASES.items() if job.get("ep") == 2],
+    ["tp2-sequence-parallel"],
+    ["pp2"],
+    ["pp2-interleaved"],
+]
 
 
 def _compare(names: list[str]) -> dict[str, str]:
@@ -41,9 +47,7 @@ def _compare(names: list[str]) -> dict[str, str]:
     for name in names:
         job = {"nproc": 2, **CASES[name]}
         theirs = jobs.trace(jobs.plan({**job, "rule": "builtin"}, SHAPES.get(name), step_size=RATE), STEPS)
-        ours = jobs.trace(
-            jobs.plan({**job, "rule": "sign"}, SHAPES.get(name), step_size=RATE, centring=False), STEPS
-        )
+        ours = jobs.trace(jobs.plan({**job, "rule": "sign"}, SHAPES.get(name), step_size=RATE, centring=False), STEPS)
         found[name] = ours.differs_from(theirs)
         if not found[name] and not any(bias.abs().max() > 3 * RATE for bias in ours.biases[-1].values()):
             found[name] = "the biases hardly moved: this case shows nothing"

@@ -46,7 +46,10 @@ def _fed_exactly(sizes: dict[str, int]) -> dict[str, Any]:
             ]
             for size, rank in (
                 (parallel_state.get_context_parallel_world_size(), parallel_state.get_context_parallel_rank()),
-                (parallel_state.get_tensor_model_parallel_world_size(), parallel_state.get_tensor_model_parallel_rank()),
+                (
+                    parallel_state.get_tensor_model_parallel_world_size(),
+                    parallel_state.get_tensor_model_parallel_rank(),
+                ),
             ):
                 share = share.chunk(size, dim=0)[rank]
             for micro_batch in share.chunk(2, dim=0):

@@ -207,3 +207,26 @@ def test_a_file_in_place_of_the_folder_is_refused(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(SettingError, match="must be a folder, and this is a file"):
         demo(tmp_path / "file")
+
+
+# -- the whole -----------------------------------------------------------------------------------------------------
+
+
+def test_a_demo_trains_compares_and_can_be_repeated(tmp_path, capfd):
+    """Real trainings, of a few steps, on one rank."""
+    out = tmp_path / "demo"
+    assert main(["--steps", "3", "--nproc", "1", "--rules", "none", "sign", "--out", str(out)]) == 0
+    captured = capfd.readouterr()
+    assert "[2/2] training with rule sign" in captured.err and captured.err.count("step 3/3  loss ") == 2
+    table, _, where = captured.out.strip().split("\n\n")
+    assert [line.split()[0] for line in table.splitlines()] == ["rule", "----", "none", "sign"]
+    assert where == f"picture: {(out / 'comparison.png').resolve()}"
+    assert (out / "comparison.png").read_bytes().startswith(b"\x89PNG")
+    record = json.loads((out / "demo.json").read_text())
+    assert record["rules"] == ["none", "sign"] and record["steps"] == 3
+    for rule in record["rules"]:
+        assert record["runs"][rule] == json.loads((out / rule / "summary.json").read_text())
+        assert record["runs"][rule]["rule"] == rule and record["runs"][rule]["steps"] == 3
+    assert main(["--steps", "2", "--nproc", "1", "--rules", "none", "--out", str(out)]) == 0, "over the earlier demo"
+    assert json.loads((out / "none" / "summary.json").read_text())["steps"] == 2
+    assert is_run(out / "sign"), "a run that was not asked for stays"
