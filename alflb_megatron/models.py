@@ -1,8 +1,8 @@
 """The shape of a DeepSeekMoE, once, for every host: dense layers first, then MoE layers with shared experts.
 
 The presets `deepseek-moe-1b` and `deepseek-moe-3b` are those of Wang et al. 2024 (arXiv 2408.15664, appendix):
-vocabulary, width, heads, number of MoE layers, experts, d_ff / d_expert and initialisation are stated there. Where it is
-silent we take the public litgpt fork of Han (June 2025): RMSNorm with epsilon 1e-6, RoPE with base 10000, no biases,
+vocabulary, width, heads, number of MoE layers, experts, d_ff / d_expert and initialisation are stated there. Where it
+is silent we take the public litgpt fork of Han (June 2025): RMSNorm with epsilon 1e-6, RoPE with base 10000, no biases,
 d_ff = 2.75 * hidden (2816 at 1024, which with Wang's ratio 16/3 gives d_expert = 528). Our own reading, where the two
 differ: "9 MoE layers" and "the first FFN is dense" make 10 layers; the fork has 9, the first of them dense.
 """

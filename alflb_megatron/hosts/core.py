@@ -68,7 +68,7 @@ def with_alflb(spec: Any, alf: ALFConfig | None = None, *, required: bool = True
         required: whether there has to be an MoE layer in `spec` (a pipeline stage may have none).
 
     Raises:
-        ValueError: there is no MoE layer in `spec` though one is required, or one has a router other than Megatron-Core's.
+        ValueError: no MoE layer in `spec` though one is required, or one has a router other than Megatron-Core's.
     """
     found: list[MoESubmodules] = []
     copy = _rebuild(spec, RouterBuilder(alf or ALFConfig()), found)

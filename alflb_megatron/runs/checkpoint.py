@@ -133,6 +133,8 @@ def load(trainee: Trainee, plan: Plan, saved: Saved, weights_only: bool = False)
     if weights_only:
         trainee.optimizer.reload_model_params()
         return
+    if not same_layout:
+        loaded["optimizer"] = _on_this_split(trainee.optimizer, loaded["optimizer"])
     trainee.optimizer.load_state_dict(loaded["optimizer"])
     if same_layout:
         random = loaded["random"]
@@ -140,6 +142,32 @@ def load(trainee: Trainee, plan: Plan, saved: Saved, weights_only: bool = False)
         if random["cuda"] is not None:
             torch.cuda.set_rng_state(random["cuda"])
         tensor_parallel.get_cuda_rng_tracker().set_states(random["tracker"])
+
+
+def _on_this_split(optimizer: Any, loaded: dict[Any, Any]) -> dict[Any, Any]:
+    """Optimizer state as this split's optimizer takes it.
+
+    Megatron-Core chains one optimizer for the dense and one for the expert parameters where experts are split over
+    ranks, and has a single one where they are not. Moments are found by parameter name either way; what is not sharded
+    (step and settings of the parameter groups) comes back in the shape it was saved in and is put in its place here.
+    """
+    chained = optimizer.chained_optimizers
+
+    def inner(entry: dict[Any, Any]) -> dict[Any, Any]:
+        return entry.get("optimizer", entry)  # a mixed-precision optimizer wraps Adam's state
+
+    saved = [entry for entry in (loaded, *loaded.values()) if isinstance(entry, dict) and "state" in inner(entry)]
+    steps = [inner(entry)["state"]["common_step"] for entry in saved if "common_step" in inner(entry)["state"]]
+    whole = {name: value for name, value in loaded.items() if not isinstance(name, int)}
+    entries = [whole] if len(chained) == 1 else [loaded[index] for index in range(len(chained))]
+    for part, entry in zip(chained, entries, strict=True):
+        state = inner(entry)
+        if steps:
+            state["state"].setdefault("common_step", steps[0])
+        for group, own in zip(state["param_groups"], part.param_groups, strict=True):
+            for name, value in own.items():
+                group.setdefault(name, value)
+    return entries[0] if len(chained) == 1 else dict(enumerate(entries))
 
 
 def _remove(path: Path) -> None:
