@@ -42,6 +42,7 @@ class ALFRouter(TopKRouter):
         config: Megatron-Core's configuration of the layer.
         pg_collection: its process groups.
         alf: how the bias moves.
+        float32_scores: whether this version's gate keeps its scores in float32 (see `routing.Gate`).
         host_kwargs: what later Megatron-Core versions hand to every router (`is_mtp_layer`).
 
     Raises:
@@ -52,7 +53,13 @@ class ALFRouter(TopKRouter):
     alf_n: Tensor
 
     def __init__(
-        self, config: TransformerConfig, pg_collection: Any = None, *, alf: ALFConfig | None = None, **host_kwargs: Any
+        self,
+        config: TransformerConfig,
+        pg_collection: Any = None,
+        *,
+        alf: ALFConfig | None = None,
+        float32_scores: bool = True,
+        **host_kwargs: Any,
     ) -> None:
         self.alf = alf or ALFConfig()
         check_gate(config, self.alf)
@@ -68,6 +75,7 @@ class ALFRouter(TopKRouter):
             num_groups=config.moe_router_num_groups,
             group_topk=config.moe_router_group_topk,
             score_unit=self.alf.score_unit,
+            float32_scores=float32_scores,
         )
         device = torch.cuda.current_device()
         self.load_window = LoadWindow(self.num_experts, device=device)

@@ -28,7 +28,8 @@ class Gate:
     """The gate's fixed choices, named as in Megatron-Core's `TransformerConfig` without the `moe_router_` prefix.
 
     `score_unit` says where the expert bias is added: `score` (what the gate's activation gives, as Wang et al. do) or
-    `logit` (what enters the activation).
+    `logit` (what enters the activation). `float32_scores` keeps scores and weights in float32 until they are returned;
+    without it they are rounded to the logits' dtype after each operation, as Megatron-Core before 0.18 does.
     """
 
     topk: int
@@ -38,6 +39,7 @@ class Gate:
     num_groups: int | None = None
     group_topk: int | None = None
     score_unit: str = "score"
+    float32_scores: bool = True
 
 
 class Choice(NamedTuple):
@@ -67,11 +69,15 @@ def group_limited_topk(
     return torch.topk(masked_TE, k=topk, dim=-1)
 
 
-def scores_of(logits_TE: Tensor, score_function: str) -> Tensor:
-    """The gate's scores in the logits' dtype, computed in float32 [T, E]."""
-    if score_function == "sigmoid":
-        return torch.sigmoid(logits_TE.float()).type_as(logits_TE)
-    return torch.softmax(logits_TE, dim=-1, dtype=torch.float32).type_as(logits_TE)
+def scores_of(logits: Tensor, gate: Gate) -> Tensor:
+    """The gate's activation of logits [T, ...], computed in float32: float32, or the logits' dtype (see `Gate`)."""
+    if gate.score_function == "sigmoid":
+        scores = torch.sigmoid(logits.float())
+    elif gate.score_function == "sqrtsoftplus":
+        scores = torch.nn.functional.softplus(logits.float()).sqrt()
+    else:
+        scores = torch.softmax(logits, dim=-1, dtype=torch.float32)
+    return scores if gate.float32_scores else scores.type_as(logits)
 
 
 def _ranked(logits_TE: Tensor, scores_TE: Tensor | None, gate: Gate, bias_E: Tensor | None) -> Tensor:
@@ -85,24 +91,26 @@ def _ranked(logits_TE: Tensor, scores_TE: Tensor | None, gate: Gate, bias_E: Ten
     if bias_E is None and gate.score_function == "softmax" and not gate.pre_softmax:
         return logits_TE
     if scores_TE is None:
-        scores_TE = scores_of(logits_TE, gate.score_function)
+        scores_TE = scores_of(logits_TE, gate)
     return scores_TE if bias_E is None else scores_TE + bias_E
 
 
 def _gate_weights(logits_TE: Tensor, scores_TE: Tensor | None, experts_TK: Tensor, gate: Gate) -> Tensor:
     """The unbiased gate weights of the chosen experts [T, K], in the logits' dtype.
 
-    sigmoid: the chosen scores, normalised to sum 1 when K > 1; softmax: over the chosen logits, or over all of them
-    with `pre_softmax`. `scaling_factor` multiplies the result. As Megatron-Core defines them. Where the activation
-    acts on each logit alone it is applied to the chosen ones only, so its backward pass is K wide, not E.
+    sigmoid and sqrtsoftplus: the chosen scores, normalised to sum 1 when K > 1; softmax: over the chosen logits, or
+    over all of them with `pre_softmax`. `scaling_factor` multiplies the result. As Megatron-Core defines them. Where
+    the activation acts on each logit alone it is applied to the chosen ones only: its backward pass is K wide, not E.
     """
     if scores_TE is not None:
         weights_TK = scores_TE.gather(1, experts_TK)
     else:
-        weights_TK = scores_of(logits_TE.gather(1, experts_TK), gate.score_function)
-    if gate.score_function == "sigmoid" and gate.topk > 1:
+        weights_TK = scores_of(logits_TE.gather(1, experts_TK), gate)
+    if gate.score_function != "softmax" and gate.topk > 1:
         weights_TK = weights_TK / (weights_TK.sum(dim=-1, keepdim=True) + 1e-20)
-    return weights_TK * gate.scaling_factor if gate.scaling_factor else weights_TK
+    if gate.scaling_factor:
+        weights_TK = weights_TK * gate.scaling_factor
+    return weights_TK.type_as(logits_TE)
 
 
 def select(logits_TE: Tensor, gate: Gate, bias_E: Tensor | None = None, topk: TopK | None = None) -> Choice:
@@ -115,7 +123,7 @@ def select(logits_TE: Tensor, gate: Gate, bias_E: Tensor | None = None, topk: To
         topk: replaces the search for the K largest (router replay); default `group_limited_topk`.
     """
     normalised_over_all = gate.score_function == "softmax" and gate.pre_softmax
-    scores_TE = scores_of(logits_TE, "softmax") if normalised_over_all else None
+    scores_TE = scores_of(logits_TE, gate) if normalised_over_all else None
     with torch.no_grad():
         ranked_TE = _ranked(logits_TE, scores_TE, gate, bias_E)
         _, experts_TK = (topk or group_limited_topk)(ranked_TE, gate.topk, gate.num_groups, gate.group_topk)

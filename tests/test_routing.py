@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 
 import pytest
@@ -50,9 +51,11 @@ def gates() -> list[Gate]:
     ids=str,
 )
 def test_select_is_megatron_cores_routing(upstream, gate: Gate, dtype: torch.dtype, biased: bool) -> None:  # type: ignore[no-untyped-def]
+    from alflb_megatron.hosts.core import FLOAT32_SCORES
+
     ours_in, theirs_in = logits(dtype), logits(dtype)
     p = bias() if biased else None
-    ours = select(ours_in, gate, p)
+    ours = select(ours_in, dataclasses.replace(gate, float32_scores=FLOAT32_SCORES), p)
     probs, routing_map = upstream(
         theirs_in,
         gate.topk,

@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 from weakref import WeakKeyDictionary
 
+import megatron.core
 import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.dist_checkpointing.strategies import torch as torch_dist
@@ -43,6 +44,10 @@ if "router" not in {field.name for field in dataclasses.fields(MoESubmodules)}:
     raise ImportError("alflb_megatron needs megatron-core >= 0.16: this one builds its router by name")
 
 
+FLOAT32_SCORES = tuple(int(part) for part in megatron.core.__version__.split(".")[:2]) >= (0, 18)
+"""Megatron-Core 0.16 and 0.17 round scores to the logits' dtype after each operation; from 0.18 on they stay float32."""
+
+
 # -- the router in a layer spec ----------------------------------------------------------------------------------------
 
 
@@ -55,7 +60,7 @@ class RouterBuilder:
     def __call__(self, *, config: Any, pg_collection: Any = None, **host_kwargs: Any) -> ALFRouter:
         known = inspect.signature(TopKRouter.__init__).parameters  # `is_mtp_layer` came with 0.17
         host_kwargs = {name: value for name, value in host_kwargs.items() if name in known}
-        return ALFRouter(config, pg_collection, alf=self.alf, **host_kwargs)
+        return ALFRouter(config, pg_collection, alf=self.alf, float32_scores=FLOAT32_SCORES, **host_kwargs)
 
 
 def with_alflb(spec: Any, alf: ALFConfig | None = None, *, required: bool = True) -> Any:

@@ -145,9 +145,7 @@ def test_megatron_cores_updater_does_not_move_our_bias_a_second_time() -> None:
 
 @pytest.mark.parametrize("mode", ["enable", "explicit"])
 def test_the_example_runs(mode: str) -> None:
-    done = subprocess.run(
-        [sys.executable, str(EXAMPLE), "--mode", mode], capture_output=True, text=True, timeout=200
-    )
+    done = subprocess.run([sys.executable, str(EXAMPLE), "--mode", mode], capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr[-2000:]
     vio = [float(value) for value in re.findall(r"MaxVio (\S+)", done.stdout)]
     assert len(vio) == 6

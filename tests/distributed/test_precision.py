@@ -38,8 +38,9 @@ def _many_tokens(rule: str) -> list[dict[str, Any]]:
             loads = torch.stack([routing_map.sum(dim=0) for routing_map in calls[index :: len(layers)]]).sum(dim=0)
             torch.distributed.all_reduce(loads, group=router.tp_dp_cp_group)
             exact = torch.sign(loads.sum() - loads * loads.numel()).float() * 1e-3
-            rows.append({"layer": layer, "loads": loads, "bias": router.expert_bias.clone(), "exact": exact})
-            rows[-1]["counts"] = str(getattr(router, "local_tokens_per_expert", None) is not None and router.local_tokens_per_expert.dtype)
+            counts = str(None if router.local_tokens_per_expert is None else router.local_tokens_per_expert.dtype)
+            bias = router.expert_bias.clone()
+            rows.append({"layer": layer, "loads": loads, "bias": bias, "exact": exact, "counts": counts})
         return rows
 
 
