@@ -45,7 +45,7 @@ if "router" not in {field.name for field in dataclasses.fields(MoESubmodules)}:
 
 
 FLOAT32_SCORES = tuple(int(part) for part in megatron.core.__version__.split(".")[:2]) >= (0, 18)
-"""Megatron-Core 0.16 and 0.17 round scores to the logits' dtype after each operation; from 0.18 on they stay float32."""
+"""Up to 0.17 Megatron-Core rounds scores to the logits' dtype after each operation; from 0.18 on they stay float32."""
 
 
 # -- the router in a layer spec ----------------------------------------------------------------------------------------
