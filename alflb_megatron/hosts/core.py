@@ -286,9 +286,9 @@ def _committing(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _tolerating_absent_state(original: Callable[..., Any]) -> Callable[..., Any]:
-    def load(self: Any, sharded_state_dict: dict[str, Any], checkpoint_dir: Any) -> Any:
+    def load(self: Any, sharded_state_dict: dict[str, Any], checkpoint_dir: Any, *later: Any, **named: Any) -> Any:
         stored = self.load_sharded_metadata(checkpoint_dir)
-        return original(self, without_absent_state(sharded_state_dict, stored), checkpoint_dir)
+        return original(self, without_absent_state(sharded_state_dict, stored), checkpoint_dir, *later, **named)
 
     return load
 

@@ -22,6 +22,7 @@ from collections.abc import Callable, Collection
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 CPU = torch.device("cpu")
 
@@ -82,14 +83,11 @@ def _device_literals() -> None:
 
         return make
 
-    for name in ("tensor", "zeros", "ones", "empty", "empty_like"):
-        _put(torch, name, on_cpu(getattr(torch, name)))
-
-
-def _tensor_cuda() -> None:
     def cuda(self: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         return self
 
+    for name in ("tensor", "zeros", "ones", "empty_like"):
+        _put(torch, name, on_cpu(getattr(torch, name)))
     _put(torch.Tensor, "cuda", cuda)
 
 
@@ -131,7 +129,6 @@ class _Stream(torch.cpu.Stream):
 def _streams() -> None:
     _put(torch.cuda, "Stream", _Stream)
     _put(torch.cuda, "current_stream", lambda device=None: torch.cpu.current_stream())
-    _put(torch.cuda, "stream", lambda stream: torch.cpu.stream(stream))
     _put(torch.cuda, "synchronize", lambda device=None: None)
 
 
@@ -145,6 +142,39 @@ def _splits() -> None:
         return moved.numpy() if as_numpy and torch.is_tensor(moved) else moved
 
     _put(dispatcher, "maybe_move_tensor_to_cpu", move)
+
+
+def _uneven_shards() -> None:
+    plain_gather, plain_scatter = dist.all_gather, dist.reduce_scatter
+
+    def uneven(shards: list[torch.Tensor], async_op: bool) -> bool:
+        return not async_op and len({shard.shape for shard in shards}) > 1
+
+    def padded(shard: torch.Tensor, shards: list[torch.Tensor]) -> torch.Tensor:
+        longest = max(len(other) for other in shards)
+        return torch.cat([shard, shard.new_zeros(longest - len(shard), *shard.shape[1:])])
+
+    @functools.wraps(plain_gather)
+    def all_gather(tensor_list: Any, tensor: torch.Tensor, group: Any = None, async_op: bool = False) -> Any:
+        if not uneven(tensor_list, async_op):
+            return plain_gather(tensor_list, tensor, group=group, async_op=async_op)
+        even = [padded(shard, tensor_list) for shard in tensor_list]
+        plain_gather(even, padded(tensor, tensor_list), group=group)
+        for shard, filled in zip(tensor_list, even, strict=True):
+            shard.copy_(filled[: len(shard)])
+
+    @functools.wraps(plain_scatter)
+    def reduce_scatter(
+        output: torch.Tensor, input_list: Any, op: Any = dist.ReduceOp.SUM, group: Any = None, async_op: bool = False
+    ) -> Any:
+        if not uneven(input_list, async_op):
+            return plain_scatter(output, input_list, op=op, group=group, async_op=async_op)
+        filled = padded(output, input_list)
+        plain_scatter(filled, [padded(shard, input_list) for shard in input_list], op=op, group=group)
+        output.copy_(filled[: len(output)])
+
+    _put(dist, "all_gather", all_gather)
+    _put(dist, "reduce_scatter", reduce_scatter)
 
 
 def _router_gemm() -> None:
@@ -183,23 +213,18 @@ def _adam_step() -> None:
 SUBSTITUTIONS: tuple[Substitution, ...] = (
     Substitution(
         "current_device",
-        "transformer/moe/router.py:__init__, tensor_parallel/mappings.py:_gather_along_first_dim, "
+        "tensor_parallel/layers.py:__init__, transformer/moe/router.py:__init__, "
         "distributed/param_and_grad_buffer.py:__init__",
-        "every buffer is made on `torch.cuda.current_device()`: answer with the CPU",
+        "every parameter and buffer is made on `torch.cuda.current_device()`: it is the CPU",
         _current_device,
     ),
     Substitution(
         "device_literals",
         "pipeline_parallel/schedules.py:forward_backward_no_pipelining, optimizer/optimizer.py:__init__, "
-        "optimizer/clip_grads.py:get_grad_norm_fp32",
-        '`device="cuda"` is written out: the tensor factories of torch read it as the CPU',
+        "transformer/utils.py:get_default_causal_mask, dist_checkpointing/exchange_utils.py:_get_empty_tensor_for_exchange, "
+        "models/common/language_module/language_module.py:setup_embeddings_and_output_layer",
+        '`device="cuda"` and `.cuda()` are written out: the tensor factories read the one as the CPU, the other does nothing',
         _device_literals,
-    ),
-    Substitution(
-        "tensor_cuda",
-        "dist_checkpointing/exchange_utils.py:exchange_loaded_tensors_gather_rounds",
-        "tensors are moved with `.cuda()`: they stay where they are",
-        _tensor_cuda,
     ),
     Substitution(
         "tensor_type",
@@ -210,33 +235,42 @@ SUBSTITUTIONS: tuple[Substitution, ...] = (
     ),
     Substitution(
         "random_state",
-        "tensor_parallel/random.py:add, tensor_parallel/random.py:_set_cuda_rng_state",
-        "the CUDA generator is seeded, read and set: the CPU's takes its place",
+        "tensor_parallel/random.py:add, tensor_parallel/random.py:_get_cuda_rng_state, "
+        "tensor_parallel/random.py:_set_cuda_rng_state, tensor_parallel/random.py:model_parallel_cuda_manual_seed",
+        "the CUDA generator is seeded, read and set, in part silently without effect: the CPU's takes its place",
         _random_state,
     ),
     Substitution(
         "streams",
-        "transformer/moe/token_dispatcher.py:_maybe_dtoh_and_synchronize",
-        "the all-to-all dispatcher copies on a side stream: PyTorch's own null streams for the CPU",
+        "transformer/moe/token_dispatcher.py:_maybe_dtoh_and_synchronize, "
+        "pipeline_parallel/p2p_communication.py:_communicate, "
+        "dist_checkpointing/strategies/filesystem_async.py:preload_tensors",
+        "copies run on a side stream and are waited for: PyTorch's own null streams for the CPU",
         _streams,
     ),
     Substitution(
         "splits",
-        "transformer/moe/moe_utils.py:maybe_move_tensor_to_cpu",
-        "the all-to-all splits become NumPy arrays only when they leave a GPU: convert them here too",
+        "transformer/moe/moe_utils.py:maybe_move_tensor_to_cpu, tensor_parallel/mappings.py:forward",
+        "the all-to-all splits become NumPy arrays only when they leave a GPU: they become so here too",
         _splits,
     ),
     Substitution(
+        "uneven_shards",
+        "tensor_parallel/mappings.py:_gather_along_first_dim, tensor_parallel/mappings.py:_reduce_scatter_along_first_dim",
+        "with ETP > 1 the ranks hold different numbers of tokens, which NCCL gathers and gloo does not: shards are padded",
+        _uneven_shards,
+    ),
+    Substitution(
         "router_gemm",
-        "transformer/moe/moe_utils.py:forward",
-        "0.16.1 reads `te_general_gemm`, a name that exists only with Transformer Engine: define it as None",
+        "transformer/moe/moe_utils.py:router_gating_linear",
+        "0.16 reads `te_general_gemm`, a name that exists only with Transformer Engine: it is None, as from 0.17 on",
         _router_gemm,
     ),
     Substitution(
         "adam_step",
         "optimizer/distrib_optimizer.py:state_dict, "
         "optimizer/distrib_optimizer.py:_set_main_param_and_optimizer_states",
-        "torch's Adam counts steps a parameter, TE's and apex's a group: lets the distributed optimizer load",
+        "torch's Adam counts steps by parameter, TE's and apex's by group: lets the distributed optimizer be loaded",
         _adam_step,
     ),
 )

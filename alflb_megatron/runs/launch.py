@@ -23,6 +23,7 @@ def launch(arguments: Sequence[str], nproc: int) -> int:
 
     Ranks share the cores: each gets cores / nproc threads unless OMP_NUM_THREADS is set.
     """
+    from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
@@ -44,6 +45,8 @@ def launch(arguments: Sequence[str], nproc: int) -> int:
     except ChildFailedError as error:
         _, failure = error.get_first_failure()
         return failure.exitcode if failure.exitcode > 0 else 1
+    except SignalException as stop:
+        return 128 + stop.sigval
     return 0
 
 
