@@ -5,7 +5,7 @@
 #   make check        style and types
 #   make docs         the reference pages that are generated from the code
 
-PYTHON ?= python3
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
 PYTHON_LATEST ?= python3.12
 TORCH = torch==2.13.0
 VENV = .venv

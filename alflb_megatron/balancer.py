@@ -78,13 +78,13 @@ class Balancer:
         """Waits for the loads, moves every bias that is not frozen, empties the windows; None if none was launched."""
         if self._sum is None:
             return None
-        loads = self._sum.wait()
+        loads, sent_from_here = self._sum.wait(), self._sum.sent
         self._sum = None
         for config, seats in self._alike():
             members = [self.seats[i] for i in seats]
             _update(config, members, torch.stack([loads[i] for i in seats]))
-        for seat in self.seats:
-            seat.load_window.reset()
+        for seat, sent in zip(self.seats, sent_from_here, strict=True):
+            seat.load_window.take(sent)
         self.updates += 1
         self.last = Record(
             layers=self.layers,
@@ -94,17 +94,28 @@ class Balancer:
         self._log()
         return self.last
 
+    def discard(self) -> None:
+        """Forgets what was counted since the last commit, and an all-reduce under way; no bias moves."""
+        if self._sum is not None:
+            self._sum.wait()
+            self._sum = None
+        for seat in self.seats:
+            seat.load_window.reset()
+
     def _alike(self) -> list[tuple[ALFConfig, list[int]]]:
         """Indices of the seats that can be stepped as one [L, E] stack: same settings, same width."""
         stacks: dict[tuple[ALFConfig, int], list[int]] = defaultdict(list)
         for index, seat in enumerate(self.seats):
-            if seat.alf is not None and not seat.alf.frozen:
+            # `frozen_expert_bias` is how Megatron-LM freezes a router (--freeze-all-layers).
+            frozen = seat.alf is None or seat.alf.frozen or getattr(seat, "frozen_expert_bias", False)
+            if not frozen and seat.alf is not None:
                 stacks[seat.alf, seat.load_window.counts_E.numel()].append(index)
         return [(config, indices) for (config, _), indices in stacks.items()]
 
     def _log(self) -> None:
         every = max((seat.alf.log_every for seat in self.seats if seat.alf), default=0)
-        if every and self.updates % every == 0 and self.last is not None:
+        here = not dist.is_initialized() or dist.get_rank(self.group) == 0
+        if here and every and self.updates % every == 0 and self.last is not None:
             vio = self.last.max_vio()
             logger.info("global batch %d: MaxVio mean %.4f max %.4f", self.updates, vio.mean(), vio.max())
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import os
 import re
 import sys
@@ -16,7 +17,8 @@ from alflb_megatron.models import ModelShape
 from alflb_megatron.runs import launch
 from alflb_megatron.runs.demo import add_arguments as add_demo_flags
 from alflb_megatron.runs.demo import run as run_demo
-from alflb_megatron.runs.job import Job, Plan, resolve
+from alflb_megatron.runs.job import Job, Plan, resolve, resolve_resumed
+from alflb_megatron.runs.record import saved_settings
 from alflb_megatron.settings import SettingError, add_flags, given_flags
 
 
@@ -55,7 +57,11 @@ def plan_of(arguments: argparse.Namespace) -> Plan:
         world = launch.world_size()
         if job.setdefault("nproc", world) != world:
             raise SettingError("--nproc", job["nproc"], f"must be left out under a launcher, or be its {world} ranks")
-    return resolve(job, given_flags(arguments, ModelShape), given_flags(arguments, ALFConfig, PREFIX))
+    shape, alf = given_flags(arguments, ModelShape), given_flags(arguments, ALFConfig, PREFIX)
+    if not job.get("resume") or job.get("load"):
+        return resolve(job, shape, alf)
+    folder = Job(**job).folder
+    return resolve_resumed(saved_settings(folder, "--resume"), {**job, "out": folder}, shape, alf)
 
 
 def _train(arguments: argparse.Namespace, argv: Sequence[str]) -> int:
@@ -64,7 +70,12 @@ def _train(arguments: argparse.Namespace, argv: Sequence[str]) -> int:
         if plan.job.nproc > 1:
             return launch.launch(argv, plan.job.nproc)
         launch.as_single_rank()
-    warnings.filterwarnings("ignore")  # Megatron-Core's advice about packages that a CPU does not have
+    # Their advice about packages that a CPU does not have; ours stays.
+    warnings.filterwarnings("ignore", module=r"megatron\.|torch\.")
+    logging.getLogger("megatron.core.rerun_state_machine").setLevel(logging.ERROR)
+    if os.environ.get("RANK", "0") == "0":
+        logging.getLogger("alflb_megatron").setLevel(logging.INFO)
+        logging.getLogger("alflb_megatron").addHandler(logging.StreamHandler())
     from alflb_megatron.runs.train import train
 
     summary = train(plan)
@@ -87,7 +98,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         arguments: Any = parser().parse_args(words)
         return int(arguments.run(arguments, words))
     except SettingError as error:
-        if os.environ.get("RANK", "0") == "0":
+        if error.seen_by_one_rank or os.environ.get("RANK", "0") == "0":
             print(f"alflb: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -39,12 +38,6 @@ class ALFConfig:
     )
     centring: bool = knob(True, "keep the biases of a layer at mean zero; the choice of experts does not change")
     frozen: bool = knob(False, "watch only: loads are counted and reported, the bias stays as it is")
-    reduce_group: str = knob(
-        "tp_cp_dp",
-        "ranks whose loads are summed: all that train on the global batch (this spans the expert-parallel groups), "
-        "or, where tensor-parallel ranks hold the same tokens, those of one tensor-parallel rank",
-        choices=("tp_cp_dp", "cp_dp"),
-    )
     log_every: int = knob(0, "log MaxVio of every n-th global batch through Python's logging; 0 for never", minimum=0)
 
     def __post_init__(self) -> None:
@@ -74,8 +67,3 @@ def parse_options(text: str) -> dict[str, Any]:
         except json.JSONDecodeError:
             options[name.strip()] = value.strip()
     return options
-
-
-def format_options(options: Mapping[str, Any]) -> str:
-    """The inverse of `parse_options`."""
-    return ",".join(f"{k}={v if isinstance(v, str) else json.dumps(v)}" for k, v in options.items())

@@ -51,6 +51,11 @@ class LoadWindow(nn.Module):
             map_TE = map_TE & valid_T[:, None]
         self.counts_E += map_TE.sum(dim=0)
 
+    def take(self, counts_E: Tensor) -> None:
+        """Takes out what has been summed; tokens that came meanwhile stay for the next global batch."""
+        self.counts_E -= counts_E
+        self.seen = 0
+
     def reset(self) -> None:
         self.counts_E.zero_()
         self.seen = 0
@@ -83,7 +88,9 @@ class LoadSum:
 
     def __init__(self, windows: Sequence[LoadWindow], group: dist.ProcessGroup | None) -> None:
         self._widths = [window.counts_E.numel() for window in windows]
-        self._flat = torch.cat([window.counts_E for window in windows])
+        flat = torch.cat([window.counts_E for window in windows])
+        self.sent = flat.clone().split(self._widths)  # this rank's share, int64 [E] a window
+        self._flat = flat
         alone = not dist.is_initialized() or dist.get_world_size(group) == 1
         self._work = None if alone else dist.all_reduce(self._flat, group=group, async_op=True)
 

@@ -81,13 +81,12 @@ class ALFRouter(TopKRouter):
         self.load_window = LoadWindow(self.num_experts, device=device)
         self._new_buffer("expert_bias", torch.zeros(self.num_experts, dtype=torch.float32, device=device))
         self._new_buffer("alf_n", torch.zeros(1, dtype=torch.int64, device=device))
-        rows = self._fresh_rows()
+        rows = {name: rows[0] for name, rows in self.alf.rule_knobs.init(layers=1, experts=self.num_experts).items()}
+        if "n" in rows:
+            raise ValueError(f"rule {self.alf.rule}: no state may be named n, which is the number of updates")
         self._state_names = tuple(rows)
         for name, row in rows.items():
             self._new_buffer(STATE_PREFIX + name, row.to(device))
-
-    def _fresh_rows(self) -> State:
-        return {name: rows[0] for name, rows in self.alf.rule_knobs.init(layers=1, experts=self.num_experts).items()}
 
     def _new_buffer(self, name: str, value: Tensor) -> None:
         if hasattr(self, name):  # the parent leaves `expert_bias = None` where its own bias is off
@@ -209,11 +208,12 @@ class ALFRouter(TopKRouter):
         return self
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
-        """Loads; what the checkpoint lacks (one written without this package, or with another rule) starts afresh."""
-        fresh = {"expert_bias": torch.zeros_like(self.expert_bias), "alf_n": torch.zeros_like(self.alf_n)}
-        fresh |= {STATE_PREFIX + name: row for name, row in self._fresh_rows().items()}
-        for name, value in fresh.items():
-            state_dict.setdefault(prefix + name, value)
+        """Loads; state of ours that `state_dict` lacks stays as it is, which in a new model is its beginning.
+
+        It was written without this package, or with another rule, or is a part of a model.
+        """
+        for name in self._own_state():
+            state_dict.setdefault(prefix + name, getattr(self, name))
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
 

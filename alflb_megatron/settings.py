@@ -2,8 +2,7 @@
 
 A setting is declared with `knob(default, "what it does", ...)`. `add_flags` puts the fields of a dataclass
 on an argparse parser, `from_flags` reads them back, `check` holds every value against what is allowed, and
-`markdown_table` prints the reference table that `docs/` carries. Nothing here imports torch, so that a wrong
-flag is answered before anything heavy is loaded.
+`markdown_table` prints the reference table that `docs/` carries. Nothing here imports torch or a host.
 """
 
 from __future__ import annotations
@@ -25,6 +24,7 @@ class SettingError(ValueError):
     def __init__(self, flag: str, value: object, allowed: str) -> None:
         super().__init__(f"{flag}={value}: {allowed}")
         self.flag, self.value, self.allowed = flag, value, allowed
+        self.seen_by_one_rank = False  # so that it is printed once where every rank finds it, and at all where one does
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,7 +104,8 @@ def check(config: Any, prefix: str = "", flag_for: Callable[[str], str] | None =
         if choices is not None and value not in choices:
             raise SettingError(flag, value, f"must be one of {', '.join(choices)}")
         if kind in (int, float) and not knob_.holds(typing.cast(float, value)):
-            raise SettingError(flag, value, f"must be {knob_.bounds() or 'a finite number'}")
+            finite = "" if math.isfinite(typing.cast(float, value)) else "a finite number"
+            raise SettingError(flag, value, f"must be {', '.join(filter(None, (finite, knob_.bounds())))}")
 
 
 def _read(text: str, kind: type, flag: str, optional: bool) -> Any:

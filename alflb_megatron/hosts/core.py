@@ -21,7 +21,6 @@ from weakref import WeakKeyDictionary
 
 import megatron.core
 import torch.distributed as dist
-from megatron.core import parallel_state
 from megatron.core.dist_checkpointing.strategies import torch as torch_dist
 from megatron.core.distributed import finalize_model_grads
 from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
@@ -33,7 +32,6 @@ from alflb_megatron.balancer import Balancer
 from alflb_megatron.config import ALFConfig
 from alflb_megatron.loads import LoadWindow
 from alflb_megatron.router import STATE_PREFIX, ALFRouter
-from alflb_megatron.settings import SettingError
 
 logger = logging.getLogger(__name__)
 
@@ -82,11 +80,20 @@ def with_alflb(spec: Any, alf: ALFConfig | None = None, *, required: bool = True
     return copy
 
 
+def _replaceable(router: Any) -> bool:
+    """Whether a spec's router is Megatron-Core's or ours, as a class, a partial or a ModuleSpec."""
+    if isinstance(router, functools.partial):
+        router = router.func
+    if isinstance(router, ModuleSpec):
+        router = router.module
+    return router in (TopKRouter, ALFRouter) or isinstance(router, RouterBuilder)
+
+
 def _rebuild(node: Any, router: RouterBuilder, found: list[MoESubmodules]) -> Any:
     """Copies along the way to each `MoESubmodules`; whatever holds none is returned itself."""
     if isinstance(node, MoESubmodules):
         found.append(node)
-        if isinstance(node.router, RouterBuilder) or node.router is TopKRouter:
+        if _replaceable(node.router):
             return dataclasses.replace(node, router=router)
         raise ValueError(
             f"the MoE layer has a router of its own, {node.router}; ALF-LB takes the place of TopKRouter only"
@@ -114,14 +121,20 @@ def _rebuild(node: Any, router: RouterBuilder, found: list[MoESubmodules]) -> An
 _BALANCERS: WeakKeyDictionary[nn.Module, Balancer] = WeakKeyDictionary()
 
 
-def balancer_of(model: Sequence[nn.Module]) -> Balancer:
-    """The balancer of a model given as the list of its chunks, as Megatron's schedules hand it to `finalize`."""
+def balancer_of(model: Sequence[nn.Module], group: dist.ProcessGroup | None = None) -> Balancer:
+    """The balancer of a model given as the list of its chunks, as Megatron's schedules hand it to `finalize`.
+
+    `group` is what loads are summed over; by default the routers' own TP x CP x DP group: all ranks that train on the
+    global batch, which spans the expert-parallel groups. It counts when the balancer is made, at the first call.
+    """
     balancer = _BALANCERS.get(model[0])
     if balancer is None:
         named = [item for chunk in model for item in chunk.named_modules() if hasattr(item[1], "load_window")]
-        seats = [module for _, module in named]
+        seats: list[Any] = [module for _, module in named]
         layers = [_layer_of(name, module) for name, module in named]
-        balancer = _BALANCERS[model[0]] = Balancer(seats, layers, _group_of(seats))
+        if group is None and seats:
+            group = seats[0].tp_dp_cp_group
+        balancer = _BALANCERS[model[0]] = Balancer(seats, layers, group)
     return balancer
 
 
@@ -131,30 +144,24 @@ def _layer_of(name: str, router: Any) -> int:
     return after + (router.layer_number or 0)
 
 
-def _group_of(seats: Sequence[Any]) -> dist.ProcessGroup | None:
-    wanted = {seat.alf.reduce_group for seat in seats if seat.alf is not None} or {"tp_cp_dp"}
-    if len(wanted) > 1:
-        raise SettingError("--alflb-reduce-group", " and ".join(sorted(wanted)), "must be the same in all layers")
-    if wanted == {"tp_cp_dp"}:
-        return seats[0].tp_dp_cp_group if seats else None
-    if seats[0].config.sequence_parallel and seats[0].config.tensor_model_parallel_size > 1:
-        raise SettingError(
-            "--alflb-reduce-group",
-            "cp_dp",
-            "must be tp_cp_dp with sequence parallelism, which splits the tokens over TP",
-        )
-    return parallel_state.get_data_parallel_group(with_context_parallel=True)
+def update_hook(
+    finalize: Callable[..., Any] = finalize_model_grads, group: dist.ProcessGroup | None = None
+) -> Callable[..., Any]:
+    """Wraps `finalize_model_grads` (or a partial or wrapper of it): loads travel while it reduces the gradients.
 
-
-def update_hook(finalize: Callable[..., Any] = finalize_model_grads) -> Callable[..., Any]:
-    """Wraps `finalize_model_grads` (or a partial or wrapper of it): loads travel while it reduces the gradients."""
+    `group`: what loads are summed over, by default the routers' own TP x CP x DP group.
+    """
     if getattr(finalize, "__alflb__", False):
         return finalize
 
     def alflb_finalize_model_grads(model: list[nn.Module], *args: Any, **kwargs: Any) -> Any:
-        balancer = balancer_of(model)
+        balancer = balancer_of(model, group)
         balancer.launch()
-        result = finalize(model, *args, **kwargs)
+        try:
+            result = finalize(model, *args, **kwargs)
+        except BaseException:
+            balancer.discard()  # a trainer may catch it and go on with the next global batch
+            raise
         balancer.commit()
         return result
 
@@ -162,12 +169,14 @@ def update_hook(finalize: Callable[..., Any] = finalize_model_grads) -> Callable
     return alflb_finalize_model_grads
 
 
-def install(config: Any) -> None:
+def install(config: Any, group: dist.ProcessGroup | None = None) -> None:
     """Wraps `config.finalize_model_grads_func`; where it is None, Megatron-Core's own function is put in and wrapped.
 
-    Call it after the trainer has set the function and before the first step. Twice is once.
+    Call it after the trainer has set the function and before the first step. Twice is once. Whoever runs forward and
+    backward passes that train nothing (the capture of CUDA graphs) calls `balancer_of(model).discard()` after them.
+    `group`: what loads are summed over, by default the routers' own TP x CP x DP group.
     """
-    config.finalize_model_grads_func = update_hook(config.finalize_model_grads_func or finalize_model_grads)
+    config.finalize_model_grads_func = update_hook(config.finalize_model_grads_func or finalize_model_grads, group)
 
 
 # -- watching a router that is not ours --------------------------------------------------------------------------------
@@ -213,6 +222,8 @@ class _Patch:
 
 _enabled: ALFConfig | None = None
 _patches: list[_Patch] = []
+_finalizing = False
+"""Whether finalize_model_grads has begun and not yet come to its last step."""
 
 
 def enable(alf: ALFConfig | None = None, **settings: Any) -> ALFConfig:
@@ -234,14 +245,17 @@ def enable(alf: ALFConfig | None = None, **settings: Any) -> ALFConfig:
         if wanted != _enabled:
             raise RuntimeError(f"ALF-LB is enabled already with {_enabled}; call alflb_megatron.disable() first")
         return _enabled
-    _patches.extend(
-        [
-            _Patch(MoELayer, "__init__", _building_our_router),
-            _Patch(_finalize_module, "get_model_config", _launching),
-            _Patch(_finalize_module, "reset_model_temporary_tensors", _committing),
-            _Patch(torch_dist.TorchDistLoadShardedStrategy, "load", _tolerating_absent_state),
-        ]
-    )
+    try:
+        for owner, name, wrap in (
+            (MoELayer, "__init__", _building_our_router),
+            (_finalize_module, "get_model_config", _launching),
+            (_finalize_module, "reset_model_temporary_tensors", _committing),
+            (torch_dist.TorchDistLoadShardedStrategy, "load", _tolerating_absent_state),
+        ):
+            _patches.append(_Patch(owner, name, wrap))
+    except BaseException:
+        disable()
+        raise
     _enabled = wanted
     return wanted
 
@@ -256,10 +270,11 @@ def disable() -> None:
 
 def _building_our_router(original: Callable[..., None]) -> Callable[..., None]:
     def init(self: MoELayer, config: Any, submodules: Any = None, *args: Any, **kwargs: Any) -> None:
-        if submodules is not None and submodules.router is TopKRouter:
-            submodules = with_alflb(submodules, _enabled)
-        elif submodules is not None and not isinstance(submodules.router, RouterBuilder):
-            logger.warning("an MoE layer has a router of its own, %s: ALF-LB leaves it alone", submodules.router)
+        if submodules is not None and not isinstance(submodules.router, RouterBuilder):
+            if _replaceable(submodules.router):
+                submodules = with_alflb(submodules, _enabled)
+            else:
+                logger.warning("an MoE layer has a router of its own, %s: ALF-LB leaves it alone", submodules.router)
         original(self, config, submodules, *args, **kwargs)
 
     return init
@@ -267,6 +282,8 @@ def _building_our_router(original: Callable[..., None]) -> Callable[..., None]:
 
 def _launching(original: Callable[..., Any]) -> Callable[..., Any]:
     def get_model_config(model: nn.Module) -> Any:
+        global _finalizing
+        _finalizing = True
         # Only the first chunk is seen here: in the very first global batch the loads travel at commit instead.
         if model in _BALANCERS:
             _BALANCERS[model].launch()
@@ -277,9 +294,15 @@ def _launching(original: Callable[..., Any]) -> Callable[..., Any]:
 
 def _committing(original: Callable[..., Any]) -> Callable[..., Any]:
     def reset_model_temporary_tensors(config: Any, model: list[nn.Module]) -> Any:
+        global _finalizing
         balancer = balancer_of(model)
-        balancer.launch()
-        balancer.commit()
+        if _finalizing:
+            balancer.launch()
+            balancer.commit()
+        else:
+            # Called by itself: transformer/cuda_graphs.py throws away what passes on dummy data left behind.
+            balancer.discard()
+        _finalizing = False
         return original(config, model)
 
     return reset_model_temporary_tensors

@@ -4,9 +4,9 @@ Megatron-Core's own switches come first (`ENVIRONMENT` and `SWITCHES`). What no 
 `SUBSTITUTIONS`, each with the upstream function that needs it. Call `prepare()` once, before anything imports
 `megatron.core`; where `torch.cuda.is_available()` it changes nothing.
 
-One of Megatron-Core's switches is left alone on purpose: `use_cpu_initialization=True` gives every
-expert-parallel rank the same experts (tensor_parallel/layers.py:_initialize_affine_weight_cpu draws the weights
-from a generator that is the same on all of them).
+One of Megatron-Core's switches is left alone on purpose: `use_cpu_initialization=True` gives every expert-parallel
+rank the same experts (tensor_parallel/layers.py:_initialize_affine_weight_cpu draws from a generator that all of them
+have seeded alike).
 """
 
 from __future__ import annotations
@@ -27,24 +27,25 @@ import torch.distributed as dist
 CPU = torch.device("cpu")
 
 ENVIRONMENT: dict[str, str] = {
-    # jit.py:enable_jit_fuser makes every fused function a torch.compile; on a CPU that wants a C++ compiler and
-    # minutes of compilation, and recompiles for each new number of tokens an expert receives.
+    # jit.py:enable_jit_fuser turns every fused function into a torch.compile, which on a CPU needs a C++ compiler and
+    # costs about as long as a short training run.
     "TORCHDYNAMO_DISABLE": "1",
 }
 
 SWITCHES: dict[str, Any] = {
-    # tensor_parallel/layers.py:ColumnParallelLinear.__init__ raises without apex's or TE's CUDA kernel.
+    # tensor_parallel/layers.py:ColumnParallelLinear raises without the CUDA kernel of apex or TE.
     "gradient_accumulation_fusion": False,
-    # fusions/fused_softmax.py:FusedScaleMaskSoftmax.is_kernel_available imports a CUDA extension in bf16.
+    # fusions/fused_softmax.py:get_batch_per_block imports a CUDA extension, in 16 bits.
     "masked_softmax_fusion": False,
-    # Fused by torch.compile, which ENVIRONMENT turns off: nothing is left to gain.
-    "bias_activation_fusion": False,
-    "bias_dropout_fusion": False,
-    # transformer/torch_norm.py:WrappedTorchNorm refuses it; apex's persistent kernel is CUDA only.
+    # transformer/torch_norm.py:WrappedTorchNorm refuses it: the persistent kernel is apex's.
     "persist_layer_norm": False,
-    # transformer_config.py:TransformerConfig.__post_init__ raises without TE.
+    # The rest come from Transformer Engine. transformer/transformer_config.py:__post_init__ raises without it,
+    "apply_rope_fusion": False,
     "moe_permute_fusion": False,
+    # and so does transformer/moe/moe_utils.py:topk_routing_with_score_function.
+    "moe_router_fusion": False,
 }
+"""Fields of `TransformerConfig` that have to be off without CUDA and Transformer Engine."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import importlib.util
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from megatron.core import parallel_state
+from megatron.core import parallel_state, tensor_parallel
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec, get_gpt_mtp_block_spec
@@ -34,6 +35,13 @@ class Trainee:
     balancer: Balancer
 
 
+def seed_ranks(seed: int) -> None:
+    """Seeds this rank: within a stage as Megatron-Core does, pipeline stages 100 apart as Megatron-LM has them."""
+    seed += 100 * parallel_state.get_pipeline_model_parallel_rank()
+    torch.manual_seed(seed)
+    tensor_parallel.model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
+
+
 def have_transformer_engine() -> bool:
     """Whether Transformer Engine can be used: installed, and CUDA is there."""
     from megatron.core.extensions import transformer_engine
@@ -59,6 +67,8 @@ def transformer_config(plan: Plan) -> TransformerConfig:
     """Megatron-Core's configuration of the plan's model on the plan's split."""
     job, shape = plan.job, plan.shape
     cuda, te = torch.cuda.is_available(), have_transformer_engine()
+    if job.dispatcher == "flex" and not (cuda and importlib.util.find_spec("deep_ep")):
+        raise SettingError("--dispatcher", "flex", "needs CUDA and DeepEP; use alltoall or allgather")
     for flag, wanted in (("--router-fusion", job.router_fusion), ("--grouped-gemm", job.grouped_gemm)):
         if wanted and not te:
             raise SettingError(flag, wanted, "needs CUDA and Transformer Engine")
@@ -114,7 +124,10 @@ def transformer_config(plan: Plan) -> TransformerConfig:
         settings |= {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
     elif job.recompute == "moe":
         settings |= {"recompute_granularity": "selective", "recompute_modules": ["moe"]}
-    return TransformerConfig(**settings if cuda and te else settings | cpu.SWITCHES)
+    try:
+        return TransformerConfig(**settings if cuda and te else settings | cpu.SWITCHES)
+    except (ValueError, AssertionError) as error:
+        raise SettingError("TransformerConfig", "refused", " ".join(str(error).split())) from error
 
 
 def gpt_model(plan: Plan, config: TransformerConfig, vp_stage: int | None = None) -> GPTModel:

@@ -1,7 +1,7 @@
 """Checkpoints of `alflb train`, by Megatron-Core's dist_checkpointing (torch_dist).
 
 A checkpoint is a folder `step_00000100` with Megatron's files and `job.json`. It is written under another name and
-renamed when every rank is done, so a folder with its final name is whole; `latest` names the last one.
+renamed when every rank is done, so a folder with its final name is whole, and the one with the highest step the latest.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from alflb_megatron.settings import SettingError
 
 logger = logging.getLogger(__name__)
 
-LATEST, JOB, PARTIAL = "latest", "job.json", ".part"
+JOB, PARTIAL = "job.json", ".part"
 
 METADATA = {"chained_optim_avoid_prefix": True, "distrib_optim_sharding_type": "fully_reshardable"}
 """Megatron-Core's checkpoint format in which optimizer state can be read on another split."""
@@ -55,8 +55,9 @@ def find(path: str | Path, flag: str) -> Saved:
     """
     folder = Path(path)
     for candidate in (folder, folder / "checkpoints"):
-        if (candidate / LATEST).is_file():
-            folder = candidate / (candidate / LATEST).read_text(encoding="utf-8").strip()
+        # Whole ones have their final name and job.json; the numbers are padded, so the last by name is the latest.
+        if whole := sorted(p.parent for p in candidate.glob(f"step_*/{JOB}") if p.parent.suffix != PARTIAL):
+            folder = whole[-1]
             break
     try:
         values = json.loads((folder / JOB).read_text(encoding="utf-8"))
@@ -107,9 +108,6 @@ def save(trainee: Trainee, plan: Plan, step: int, folder: Path, fingerprint: str
         write_json(partial / JOB, {"step": step, "layout": layout_of(plan), "fingerprint": fingerprint})
         _remove(final)
         partial.rename(final)
-        pointer = folder / (LATEST + PARTIAL)
-        pointer.write_text(final.name + "\n", encoding="utf-8")
-        pointer.replace(folder / LATEST)
     dist.barrier()
     return final
 

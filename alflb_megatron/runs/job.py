@@ -1,7 +1,7 @@
 """One training job: every setting of `alflb train`, the presets, and the checks that need no framework.
 
-A job is resolved and checked before anything heavy is imported or any rank is started, so that a wrong setting costs a
-line and no seconds.
+A job is resolved and checked before Megatron-Core is imported and any rank is started, so that a wrong setting costs a
+line and little time.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ class Job:
         "byte", "how it is cut into tokens (a .bin/.idx pair was cut already: name what cut it)", metavar="NAME"
     )
     validation_sequences: int = knob(
-        64, "sequences the model is validated on; rounded down to whole batches", minimum=1
+        64, "sequences the model is validated on, in whole global batches; at least one", minimum=1
     )
     nproc: int = knob(2, "ranks to start on this machine", minimum=1)
     tp: int = knob(1, "tensor-parallel ranks (with sequence parallelism above 1)", minimum=1)
@@ -178,6 +178,38 @@ def resolve(job: Mapping[str, Any], shape: Mapping[str, Any], alf: Mapping[str, 
     return plan
 
 
+FIXED = ("global_batch_size", "seed", "data", "tokenizer")
+"""Settings of a job that a resumed run must keep: with others its records would be of two different trainings."""
+
+
+def resolve_resumed(
+    saved: Mapping[str, Any], job: Mapping[str, Any], shape: Mapping[str, Any], alf: Mapping[str, Any]
+) -> Plan:
+    """The plan of a run that goes on: the settings it was started with, and what was given now over them.
+
+    `saved` is what `Plan.as_dict` wrote. The split, the length, what is written and how the bias moves may change; with
+    another rule its knobs are that rule's own. The model, the data and the global batch may not.
+    """
+    before = Plan.from_dict(saved)
+    for given, kept, names in ((job, before.job, FIXED), (shape, before.shape, tuple(shape))):
+        for name in names:
+            if name in given and given[name] != getattr(kept, name):
+                flag = f"--{name.replace('_', '-')}"
+                raise SettingError(flag, given[name], f"must be {getattr(kept, name)}, as this run was started with")
+    own = {} if before.alf is None else dataclasses.asdict(before.alf)
+    if before.builtin_rate is not None:
+        own["step_size"] = before.builtin_rate
+    own.pop("rule", None)
+    if job.get("rule", before.job.rule) != before.job.rule:
+        own = {}
+    this_time = {"json": False, "load": "", "resume": True}
+    return resolve(
+        {**dataclasses.asdict(before.job), **this_time, **job},
+        {**dataclasses.asdict(before.shape), **shape},
+        {**own, **alf},
+    )
+
+
 def _builtin_rate(job: Job, shape: ModelShape, alf: Mapping[str, Any]) -> float | None:
     given = [name for name in alf if not (job.rule == "builtin" and name == "step_size")]
     if given:
@@ -210,11 +242,15 @@ def _check_split(job: Job, shape: ModelShape) -> None:
         ("--tp", job.tp, shape.vocab_size, "the vocabulary (--vocab-size)"),
         ("--tp", job.tp, shape.ffn_hidden_size, "the FFN's width (--ffn-hidden-size)"),
         ("--etp", job.etp, shape.moe_ffn_hidden_size, "an expert's width (--moe-ffn-hidden-size)"),
-        ("--pp", job.pp * job.vpp, shape.num_layers, "the layers (--num-layers), times --vpp"),
+        ("--pp", job.pp, shape.num_layers, "the layers (--num-layers)"),
     ]
     for flag, parts, whole, what in rows:
         if whole % parts:
             raise SettingError(flag, parts, f"must divide {what}, {whole}")
+    if shape.num_layers % (job.pp * job.vpp):
+        raise SettingError(
+            "--vpp", job.vpp, f"times --pp {job.pp} must divide the layers (--num-layers), {shape.num_layers}"
+        )
     step = job.micro_batch_size * job.dp
     if job.global_batch_size % step:
         raise SettingError(
@@ -235,6 +271,8 @@ def _check_parts(job: Job, shape: ModelShape) -> None:
     """Combinations of Megatron's parts that cannot work."""
     if job.router_fusion and shape.gate == "softmax" and job.rule not in UNBALANCED:
         raise SettingError("--router-fusion", True, "the fused router takes a bias with --gate sigmoid only")
+    if shape.gate == "softmax" and shape.topk == 1 and not shape.pre_softmax:
+        raise SettingError("--topk", 1, "needs --pre-softmax with --gate softmax: over one logit it gives 1 always")
     if job.aux_loss_coeff == 0 and job.aux_loss_type != "aux_loss":
         raise SettingError("--aux-loss-type", job.aux_loss_type, "needs --aux-loss-coeff above 0")
     if job.lr < job.min_lr:

@@ -147,6 +147,19 @@ def is_run(path: Path) -> bool:
     return isinstance(config, dict) and all(key in config for key in CONFIG_KEYS)
 
 
+def saved_settings(folder: str | os.PathLike[str], flag: str) -> dict[str, Any]:
+    """The settings in a run folder's config.json; SettingError naming `flag` where there is no run that can be read."""
+    try:
+        settings = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))["settings"]
+        if not isinstance(settings, dict):
+            raise TypeError("settings is no object")
+        return settings
+    except OSError:
+        raise SettingError(flag, folder, "must name the folder of a run (--out)") from None
+    except (ValueError, KeyError, TypeError) as error:
+        raise SettingError(flag, folder, f"holds a config.json that cannot be read ({error})") from None
+
+
 class RunFolder:
     """The folder of one run, open for writing; to be created by rank 0 alone, and closed (or used in `with`).
 
@@ -174,7 +187,7 @@ class RunFolder:
             raise SettingError("--out", path, f"must be a folder that can be written ({error.strerror})") from None
         if found and not is_run(self.path):
             raise SettingError("--out", path, "must be a new folder, an empty one or that of an earlier run")
-        if resume_step is None and self.checkpoints.is_dir() and any(self.checkpoints.iterdir()):
+        if resume_step is None and any(p.suffix != ".part" for p in self.checkpoints.glob("step_*")):
             raise SettingError("--out", path, "holds a run with checkpoints; give --resume to go on, or another folder")
         self.summary.unlink(missing_ok=True)
         self._truncate()

@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from alflb_megatron import metrics
 from alflb_megatron.hosts import cpu
 from alflb_megatron.runs.job import Plan
 from alflb_megatron.runs.record import Progress, RunFolder, summarise
@@ -20,33 +21,39 @@ from alflb_megatron.settings import SettingError
 
 
 def train(plan: Plan) -> dict[str, Any]:
-    """Trains the plan's model on this rank and returns the summary (the same on every rank).
+    """Trains the plan's model on this rank and returns the summary, on rank 0; the others get {}.
 
     The ranks are there already (`runs.launch`, or an outer torchrun): RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and
     MASTER_PORT are set.
     """
     cpu.prepare()  # before Megatron-Core is imported
-    from megatron.core import parallel_state, tensor_parallel
+    from megatron.core import parallel_state
+
+    from alflb_megatron.runs import build
 
     cuda = torch.cuda.is_available()
     if cuda:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     dist.init_process_group("nccl" if cuda else "gloo")
     job = plan.job
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=job.tp,
+        pipeline_model_parallel_size=job.pp,
+        virtual_pipeline_model_parallel_size=job.vpp if job.vpp > 1 else None,
+        expert_model_parallel_size=job.ep,
+        expert_tensor_parallel_size=job.etp,
+    )
+    build.seed_ranks(job.seed)
+    session = _Session(plan)
     try:
-        parallel_state.initialize_model_parallel(
-            tensor_model_parallel_size=job.tp,
-            pipeline_model_parallel_size=job.pp,
-            virtual_pipeline_model_parallel_size=job.vpp if job.vpp > 1 else None,
-            expert_model_parallel_size=job.ep,
-            expert_tensor_parallel_size=job.etp,
-        )
-        torch.manual_seed(job.seed)
-        tensor_parallel.model_parallel_cuda_manual_seed(job.seed)
-        return _Session(plan).run()
-    finally:
-        parallel_state.destroy_model_parallel()
-        dist.destroy_process_group()
+        summary = session.run()
+    except SettingError as error:
+        error.seen_by_one_rank = True
+        raise
+    # Not on the way out of an error: the other ranks may be inside a collective.
+    parallel_state.destroy_model_parallel()
+    dist.destroy_process_group()
+    return summary
 
 
 class _Session:
@@ -187,8 +194,6 @@ class _Session:
         extra: dict[str, Tensor] = {}
         if self.plan.shape.mtp_layers:
             extra["loss_mask"] = batch.loss_mask
-        if batch.padding_mask is not None:
-            extra["padding_mask"] = batch.padding_mask
         output = model(batch.tokens, batch.position_ids, None, labels=batch.labels, **extra)
 
         def mean_loss(losses: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
@@ -203,17 +208,25 @@ class _Session:
         """Adds the loads and biases of all pipeline stages to a step's record."""
         last = self.trainee.balancer.last
         local = [] if last is None else list(zip(last.layers, last.loads, last.bias, strict=True))
-        rows = [(layer, loads.tolist(), None if bias is None else bias.tolist()) for layer, loads, bias in local]
-        layers, loads, biases = zip(*sorted(self._over_stages(rows)), strict=True)
-        vio = [_max_vio(row) for row in loads]
+        rows: list[dict[str, Any]] = [
+            {
+                "layer": layer,
+                "loads": loads.tolist(),
+                "bias": None if bias is None else bias.tolist(),
+                "vio": float(metrics.max_vio(loads)),
+                "spread": 0.0 if bias is None else float(metrics.bias_spread(bias)),
+            }
+            for layer, loads, bias in local
+        ]
+        rows = sorted(self._over_stages(rows), key=lambda row: row["layer"])
         record |= {
-            "maxvio_mean": math.fsum(vio) / len(vio),
-            "maxvio_max": max(vio),
-            "bias_spread": max((max(bias) - min(bias) for bias in biases if bias is not None), default=0.0),
-            "layers": list(layers),
-            "loads": list(loads),
+            "maxvio_mean": math.fsum(row["vio"] for row in rows) / len(rows),
+            "maxvio_max": max(row["vio"] for row in rows),
+            "bias_spread": max(row["spread"] for row in rows),
+            "layers": [row["layer"] for row in rows],
+            "loads": [row["loads"] for row in rows],
         }
-        return record | ({"bias": list(biases)} if biases[0] is not None else {})
+        return record | ({"bias": [row["bias"] for row in rows]} if rows[0]["bias"] is not None else {})
 
     def _over_stages(self, rows: list[Any]) -> list[Any]:
         if self.job.pp == 1:
@@ -244,13 +257,13 @@ class _Session:
     def _summary(self, loss: float, loads: Sequence[Sequence[int]], saved: Path | None) -> dict[str, Any]:
         if self.record is None:
             return {}
-        vio = [_max_vio(row) for row in loads]
+        vio = metrics.max_vio(torch.tensor(loads))
         summary = {
             "rule": self.job.rule,
             **summarise(self.record.records()),
             "validation_loss": loss,
-            "maxvio_global_mean": math.fsum(vio) / len(vio),
-            "maxvio_global_max": max(vio),
+            "maxvio_global_mean": float(vio.mean()),
+            "maxvio_global_max": float(vio.max()),
             "validation_loads": [list(row) for row in loads],
             "checkpoint": None if saved is None else str(saved),
             "run": str(self.folder),
@@ -258,12 +271,6 @@ class _Session:
         self.record.write_summary(summary)
         self.record.close()
         return summary
-
-
-def _max_vio(loads: Sequence[int]) -> float:
-    from alflb_megatron import metrics
-
-    return float(metrics.max_vio(torch.tensor(loads)))
 
 
 class _Silent:

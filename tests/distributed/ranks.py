@@ -17,10 +17,11 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 from alflb_megatron.hosts import cpu
 
 
-def run(nproc: int, function: Callable[..., Any], *args: Any) -> list[Any]:
+def run(nproc: int, function: Callable[..., Any], *args: Any, without: tuple[str, ...] = ()) -> list[Any]:
     """Calls `function(*args)` on `nproc` ranks with a process group; returns what each returned, by rank.
 
-    `function` has to be importable. A rank's exception is raised here, with its traceback in the message.
+    `function` has to be importable. A rank's exception is raised here, with its traceback in the message. `without`
+    names substitutions of `hosts/cpu.py` to leave out.
     """
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     os.environ["OMP_NUM_THREADS"] = "1"
@@ -35,12 +36,12 @@ def run(nproc: int, function: Callable[..., Any], *args: Any) -> list[Any]:
         monitor_interval=0.1,
         start_method="spawn",
     )
-    results = elastic_launch(config, _on_rank)(function, args)
+    results = elastic_launch(config, _on_rank)(function, args, without)
     return [results[rank] for rank in range(nproc)]
 
 
-def _on_rank(function: Callable[..., Any], args: tuple[Any, ...]) -> Any:
-    cpu.prepare()
+def _on_rank(function: Callable[..., Any], args: tuple[Any, ...], without: tuple[str, ...]) -> Any:
+    cpu.prepare(skip=without)
     torch.set_num_threads(1)
     dist.init_process_group("gloo", timeout=timedelta(seconds=180))
     try:
@@ -52,11 +53,12 @@ def _on_rank(function: Callable[..., Any], args: tuple[Any, ...]) -> Any:
 @contextmanager
 def model_parallel(**sizes: int | None) -> Iterator[None]:
     """Megatron-Core's process groups of the given sizes, with its random state seeded."""
-    from megatron.core import parallel_state, tensor_parallel
+    from megatron.core import parallel_state
+
+    from alflb_megatron.runs import build
 
     parallel_state.initialize_model_parallel(**sizes)
-    torch.manual_seed(1234)
-    tensor_parallel.model_parallel_cuda_manual_seed(1234, force_reset_rng=True)
+    build.seed_ranks(1234)
     try:
         yield
     finally:

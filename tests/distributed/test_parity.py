@@ -25,6 +25,8 @@ CASES: dict[str, dict[str, Any]] = {
     "overlapped-gradient-reduction": {"ep": 2, "overlap_grad_reduce": True},
     "distributed-optimizer": {"ep": 2, "optimizer": "distributed"},
     "auxiliary-and-z-loss": {"ep": 2, "aux_loss_coeff": 0.01, "z_loss_coeff": 0.001},
+    "sequence-auxiliary-loss": {"ep": 2, "aux_loss_coeff": 0.01, "aux_loss_type": "seq_aux_loss"},
+    "global-auxiliary-loss": {"ep": 2, "aux_loss_coeff": 0.01, "aux_loss_type": "global_aux_loss"},
     "group-limited": {"ep": 2},
     "mtp": {"ep": 2},
 }

@@ -70,7 +70,7 @@ def interrupted(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPat
 def test_resumed_on_the_same_split_it_is_the_same_run(interrupted: tuple[Path, Path]) -> None:
     whole, killed = interrupted
     settings = json.loads((killed / "config.json").read_text())["settings"]["job"]
-    assert (killed / "checkpoints" / "latest").read_text().strip() == f"step_{EVERY:08d}"
+    assert [p.name for p in (killed / "checkpoints").iterdir()] == [f"step_{EVERY:08d}"]
     _other_split(whole, killed, settings)
     _run(*_words(killed, "--ep", str(settings["ep"]), "--pp", str(settings["pp"]), "--resume"))
     assert len(_metrics(killed)) == STEPS
@@ -88,7 +88,7 @@ def _other_split(whole: Path, killed: Path, settings: dict[str, Any]) -> None:
     assert found["n"] == [EVERY] * len(saved["bias"])
     assert found["bias"] == saved["bias"]
     assert abs(found["losses"][0] - following["loss"]) < 1e-4
-    assert abs(found["losses"][1] - _metrics(whole)[EVERY + 1]["loss"]) < 1e-3, (
+    assert abs(found["losses"][1] - _metrics(whole)[EVERY + 1]["loss"]) < 1e-4, (
         "the optimizer's state did not come along"
     )
 

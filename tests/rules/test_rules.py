@@ -112,7 +112,7 @@ def test_the_rule_of_the_package_docstring_works() -> None:
     [
         ("signs", {}, "--alflb-rule=signs: must be one of harmonic, proportional, sign, sqrt"),
         ("sign", {"step_size": -1.0}, "--alflb-step-size=-1.0: must be at least 0"),
-        ("sign", {"step_size": float("nan")}, "--alflb-step-size=nan: must be at least 0"),
+        ("sign", {"step_size": float("nan")}, "--alflb-step-size=nan: must be a finite number, at least 0"),
         ("sign", {"floor": 1.0}, "--alflb-rule-options floor=1.0: rule sign has no such knob; it has step_size"),
         ("sqrt", {"step_size": "big"}, "--alflb-step-size='big': must be of type float"),
     ],

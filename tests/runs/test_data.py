@@ -206,7 +206,6 @@ def test_batch_has_the_tensors_that_a_gpt_model_takes(numbered: Path):
     ):
         assert tensor.dtype == dtype and tensor.shape == (3, S) and tensor.is_contiguous()
     assert torch.equal(batch.position_ids[2], torch.arange(S)) and bool((batch.loss_mask == 1).all())
-    assert batch.padding_mask is None
 
 
 def test_global_batch_that_does_not_divide(numbered: Path):

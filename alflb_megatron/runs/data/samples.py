@@ -29,23 +29,17 @@ class Sample(NamedTuple):
 class Batch:
     """One micro-batch of B sequences of S tokens, on the CPU until `to` moves it.
 
-    tokens, labels, position_ids: int64 [B, S]; loss_mask: float32 [B, S]; padding_mask: bool [B, S], True where a token
-    is padding, or None where none is (every source here fills its sequences).
+    tokens, labels, position_ids: int64 [B, S]; loss_mask: float32 [B, S]. No token is padding: sources fill sequences.
     """
 
     tokens: torch.Tensor
     labels: torch.Tensor
     loss_mask: torch.Tensor
     position_ids: torch.Tensor
-    padding_mask: torch.Tensor | None = None
 
     def to(self, device: torch.device | str) -> Batch:
         """The batch on `device`."""
-        padding = None if self.padding_mask is None else self.padding_mask.to(device)
-        tokens, labels, mask, positions = (
-            part.to(device) for part in (self.tokens, self.labels, self.loss_mask, self.position_ids)
-        )
-        return Batch(tokens, labels, mask, positions, padding)
+        return Batch(*(part.to(device) for part in (self.tokens, self.labels, self.loss_mask, self.position_ids)))
 
 
 class TextData:
