@@ -263,7 +263,7 @@ SUBSTITUTIONS: tuple[Substitution, ...] = (
     ),
     Substitution(
         "router_gemm",
-        "transformer/moe/moe_utils.py:router_gating_linear",
+        "transformer/moe/moe_utils.py:forward",
         "0.16 reads `te_general_gemm`, a name that exists only with Transformer Engine: it is None, as from 0.17 on",
         _router_gemm,
     ),

@@ -169,7 +169,7 @@ def _prepare(out: Path, rules: Sequence[str], record: Mapping[str, Any]) -> None
 
 def demo(
     out: str | os.PathLike[str] = "runs/demo",
-    steps: int = 300,
+    steps: int = 200,
     nproc: int = 2,
     rules: Sequence[str] = RULES,
     seed: int = 1234,
@@ -202,7 +202,7 @@ def demo(
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the flags of the demo to `parser`."""
-    parser.add_argument("--steps", type=int, default=300, help="training steps for each rule (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=200, help="training steps for each rule (default: %(default)s)")
     parser.add_argument("--out", default="runs/demo", metavar="DIR", help="folder of the runs (default: %(default)s)")
     parser.add_argument("--nproc", type=int, default=2, help="ranks of each training (default: %(default)s)")
     parser.add_argument(

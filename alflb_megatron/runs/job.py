@@ -35,10 +35,10 @@ class Job:
     preset: str = knob("tiny", "model and schedule to start from", choices=tuple(PRESETS))
     rule: str = knob("sign", "none, builtin (Megatron-Core's own expert bias) or one of our rules", choices=_rules)
     steps: int = knob(300, "global batches to train on in all", minimum=1)
-    global_batch_size: int = knob(8, "sequences in a global batch", minimum=1)
-    micro_batch_size: int = knob(2, "sequences in one forward pass of one rank", minimum=1)
-    lr: float = knob(3e-3, "peak learning rate", above=0.0)
-    min_lr: float = knob(3e-4, "learning rate at the end of the cosine", minimum=0.0)
+    global_batch_size: int = knob(16, "sequences in a global batch", minimum=1)
+    micro_batch_size: int = knob(4, "sequences in one forward pass of one rank", minimum=1)
+    lr: float = knob(1e-3, "peak learning rate", above=0.0)
+    min_lr: float = knob(1e-4, "learning rate at the end of the cosine", minimum=0.0)
     lr_decay: str = knob("cosine", "how the learning rate falls", choices=("cosine", "linear", "constant", "multistep"))
     warmup_steps: int = knob(20, "steps of linear warm-up", minimum=0)
     weight_decay: float = knob(0.1, "weight decay of Adam", minimum=0.0)
@@ -100,7 +100,7 @@ class Job:
 
 SCHEDULES: dict[str, dict[str, Any]] = {
     "tiny": {},
-    "small": {"global_batch_size": 16, "lr": 1e-3, "min_lr": 1e-4, "warmup_steps": 50, "steps": 500},
+    "small": {"warmup_steps": 50, "steps": 500},
     "deepseek-moe-1b": {
         "global_batch_size": 1152,
         "steps": 40_000,

@@ -192,6 +192,11 @@ def test_experts_differ_between_ranks_unless_initialised_on_the_cpu(on_cpu: bool
 
 def _norms() -> None:
     """On a rank: what `SequenceParallelNorm` and `use_plain_norm` promise."""
+    with ranks.model_parallel():
+        _check_norms()
+
+
+def _check_norms() -> None:
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec, get_gpt_mtp_block_spec
     from megatron.core.transformer.torch_norm import WrappedTorchNorm
     from megatron.core.transformer.transformer_config import TransformerConfig

@@ -61,16 +61,16 @@ REFUSED = [
     ),
     ("--vpp 2", "alflb: --vpp=2: needs --pp above 1"),
     (
-        "--pp 2 --vpp 2 --ep 1 --global-batch-size 6",
+        "--pp 2 --vpp 2 --ep 1 --global-batch-size 12",
         "alflb: --vpp=2: needs the 3 micro-batches a rank to be a multiple of --pp 2",
     ),
     (
         "--global-batch-size 6",
-        "alflb: --global-batch-size=6: must be a multiple of micro-batch size * data-parallel ranks = 4",
+        "alflb: --global-batch-size=6: must be a multiple of micro-batch size * data-parallel ranks = 8",
     ),
     ("--aux-loss-type seq_aux_loss", "alflb: --aux-loss-type=seq_aux_loss: needs --aux-loss-coeff above 0"),
     ("--capacity-factor 0", "alflb: --capacity-factor=0.0: must be above 0"),
-    ("--min-lr 1", "alflb: --min-lr=1.0: must be at most --lr 0.003"),
+    ("--min-lr 1", "alflb: --min-lr=1.0: must be at most --lr 0.001"),
     ("--lr nan", "alflb: --lr=nan: must be a finite number, above 0"),
     ("--resume --load x", "alflb: --load=x: cannot be given with --resume"),
     ("--steps 1e3", "alflb: --steps=1e3: must be of type int"),
@@ -124,7 +124,7 @@ def test_a_resumed_run_keeps_what_it_was_started_with() -> None:
     assert other.alf is not None
     assert (other.alf.rule, other.alf.step_size) == ("sign", None)
     for job, shape, line in (
-        ({"global_batch_size": 16}, {}, "--global-batch-size=16: must be 8, as this run was started with"),
+        ({"global_batch_size": 32}, {}, "--global-batch-size=32: must be 16, as this run was started with"),
         ({"seed": 5}, {}, "--seed=5: must be 1234, as this run was started with"),
         ({}, {"num_experts": 4}, "--num-experts=4: must be 8, as this run was started with"),
     ):
@@ -154,7 +154,7 @@ def _parameters(preset: str) -> int:
     from alflb_megatron.runs import build
     from tests.distributed import ranks
 
-    job = {"preset": preset, "nproc": 1, "ep": 1, "global_batch_size": 2, "optimizer": "adam", "dtype": "fp32"}
+    job = {"preset": preset, "nproc": 1, "ep": 1, "global_batch_size": 4, "optimizer": "adam", "dtype": "fp32"}
     plan = resolve(job, {}, {})
     with ranks.model_parallel():
         config = build.transformer_config(plan)
