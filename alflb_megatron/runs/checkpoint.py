@@ -150,6 +150,12 @@ def _on_this_split(optimizer: Any, loaded: dict[Any, Any]) -> dict[Any, Any]:
     (step and settings of the parameter groups) comes back in the shape it was saved in and is put in its place here.
     """
     chained = optimizer.chained_optimizers
+    if len(chained) == 1 and "param_state" in loaded and "optimizer" not in loaded:
+        raise SettingError("--ep", 1, "cannot take up the distributed optimizer's state of a run with experts split")
+    if len(chained) > 1 and any(
+        "param_state" in loaded[i] and "optimizer" not in loaded[i] for i in range(len(chained))
+    ):
+        raise SettingError("--ep", "above 1", "cannot take up the distributed optimizer's state of a run with --ep 1")
 
     def inner(entry: dict[Any, Any]) -> dict[Any, Any]:
         return entry.get("optimizer", entry)  # a mixed-precision optimizer wraps Adam's state

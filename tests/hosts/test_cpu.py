@@ -43,6 +43,7 @@ def _train_save_load(folder: Path, nproc: int) -> list[float]:
     with ranks.model_parallel(**jobs.sizes(plan)):
         runner = jobs.Runner(plan)
         checkpoint.load(runner.trainee, plan, saved)
+        runner.trainee.scheduler.step(increment=1)
         for step in (1, 2):
             runner.step(step)
         losses += runner.trace.losses[-1:]
@@ -80,7 +81,7 @@ def test_uneven_shards_are_gathered_and_their_gradients_summed(tmp_path: Path) -
 WITHOUT: dict[str, tuple[int, Callable[[Path, int], Any], str]] = {
     "current_device": (1, _train_save_load, "CUDA|NVIDIA"),
     "device_literals": (1, _train_save_load, "CUDA|NVIDIA"),
-    "tensor_type": (1, _train_save_load, "AssertionError"),
+    "tensor_type": (1, _train_save_load, "torch.cuda.FloatTensor"),
     "random_state": (1, _train_save_load, "CUDA|NVIDIA"),
     "streams": (1, _train_save_load, "CUDA|NVIDIA"),
     "splits": (2, _train_save_load, "all_to_all_single"),
@@ -171,23 +172,27 @@ def test_every_switch_has_to_be_off() -> None:
     assert "trains" not in answers.values(), answers
 
 
-def _initial_weights(on_cpu: bool) -> tuple[float, float]:
-    """On a rank: the sums of the absolute weights of its first expert and of its first router, before training."""
+def _initial_weights() -> list[tuple[float, float]]:
+    """On a rank: the sums of the absolute weights of its first expert and first router, twice: initialised as
+    `hosts/cpu.py` has it, and with Megatron-Core's `use_cpu_initialization`."""
     plan = jobs.plan({"rule": "none", "nproc": 2, "ep": 2})
-    cpu.SWITCHES["use_cpu_initialization"] = on_cpu
-    with ranks.model_parallel(**jobs.sizes(plan)):
-        (chunk,) = jobs.Runner(plan).trainee.chunks
-        weights = dict(chunk.named_parameters())
-    expert = next(name for name in weights if "local_experts.0" in name)
-    router = next(name for name in weights if name.endswith("router.weight"))
-    return float(weights[expert].double().abs().sum()), float(weights[router].double().abs().sum())
+    sums = []
+    for on_cpu in (False, True):
+        cpu.SWITCHES["use_cpu_initialization"] = on_cpu
+        with ranks.model_parallel(**jobs.sizes(plan)):
+            (chunk,) = jobs.Runner(plan).trainee.chunks
+            weights = {name: float(weight.detach().double().abs().sum()) for name, weight in chunk.named_parameters()}
+        expert = next(name for name in weights if "local_experts.0" in name)
+        router = next(name for name in weights if name.endswith("router.weight"))
+        sums.append((weights[expert], weights[router]))
+    return sums
 
 
-@pytest.mark.parametrize("on_cpu", [False, True])
-def test_experts_differ_between_ranks_unless_initialised_on_the_cpu(on_cpu: bool) -> None:
-    (expert_0, router_0), (expert_1, router_1) = ranks.run(2, _initial_weights, on_cpu)
-    assert router_0 == router_1
-    assert (expert_0 == expert_1) is on_cpu
+def test_experts_differ_between_ranks_unless_initialised_on_the_cpu() -> None:
+    first, second = ranks.run(2, _initial_weights)
+    for (expert_0, router_0), (expert_1, router_1), alike in zip(first, second, (False, True), strict=True):
+        assert router_0 == router_1
+        assert (expert_0 == expert_1) is alike
 
 
 def _norms() -> None:
@@ -274,15 +279,8 @@ assert cpu.prepare() == first
 for owner, old in zip(owners, before):
     changed = [name for name in old if vars(owner)[name] is not old[name]]
     assert not changed, changed
-"""
-
-NOT_COMPILED = """
-from alflb_megatron.hosts import cpu
-cpu.prepare()
 from megatron.core.jit import jit_fuser
-def function(x):
-    return x + 1
-assert jit_fuser(function) is function
+assert jit_fuser(repr) is repr  # nothing is compiled
 """
 
 COMPILED = """
@@ -313,7 +311,6 @@ else:
 PROGRAMS = {
     "where CUDA is, nothing changes": UNTOUCHED,
     "twice is once": TWICE,
-    "nothing is compiled": NOT_COMPILED,
     "a compiler would be needed": COMPILED,
     "too late is an error": TOO_LATE,
 }
