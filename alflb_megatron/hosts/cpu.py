@@ -222,9 +222,10 @@ SUBSTITUTIONS: tuple[Substitution, ...] = (
     Substitution(
         "device_literals",
         "pipeline_parallel/schedules.py:forward_backward_no_pipelining, optimizer/optimizer.py:__init__, "
-        "transformer/utils.py:get_default_causal_mask, dist_checkpointing/exchange_utils.py:_get_empty_tensor_for_exchange, "
+        "transformer/utils.py:get_default_causal_mask, "
+        "dist_checkpointing/exchange_utils.py:_get_empty_tensor_for_exchange, "
         "models/common/language_module/language_module.py:setup_embeddings_and_output_layer",
-        '`device="cuda"` and `.cuda()` are written out: the tensor factories read the one as the CPU, the other does nothing',
+        '`device="cuda"` and `.cuda()` are written out: factories read the one as the CPU, the other does nothing',
         _device_literals,
     ),
     Substitution(
@@ -257,8 +258,9 @@ SUBSTITUTIONS: tuple[Substitution, ...] = (
     ),
     Substitution(
         "uneven_shards",
-        "tensor_parallel/mappings.py:_gather_along_first_dim, tensor_parallel/mappings.py:_reduce_scatter_along_first_dim",
-        "with ETP > 1 the ranks hold different numbers of tokens, which NCCL gathers and gloo does not: shards are padded",
+        "tensor_parallel/mappings.py:_gather_along_first_dim, "
+        "tensor_parallel/mappings.py:_reduce_scatter_along_first_dim",
+        "with ETP > 1 ranks hold different numbers of tokens, which NCCL gathers and gloo does not: they are padded",
         _uneven_shards,
     ),
     Substitution(
