@@ -36,7 +36,7 @@ class Job:
     rule: str = knob("sign", "none, builtin (Megatron-Core's own expert bias) or one of our rules", choices=_rules)
     steps: int = knob(300, "global batches to train on in all", minimum=1)
     global_batch_size: int = knob(16, "sequences in a global batch", minimum=1)
-    micro_batch_size: int = knob(4, "sequences in one forward pass of one rank", minimum=1)
+    micro_batch_size: int = knob(8, "sequences in one forward pass of one rank", minimum=1)
     lr: float = knob(1e-3, "peak learning rate", above=0.0)
     min_lr: float = knob(1e-4, "learning rate at the end of the cosine", minimum=0.0)
     lr_decay: str = knob("cosine", "how the learning rate falls", choices=("cosine", "linear", "constant", "multistep"))
@@ -103,6 +103,7 @@ SCHEDULES: dict[str, dict[str, Any]] = {
     "small": {"warmup_steps": 50, "steps": 500},
     "deepseek-moe-1b": {
         "global_batch_size": 1152,
+        "micro_batch_size": 4,
         "steps": 40_000,
         "lr": 1e-3,
         "min_lr": 1e-4,
@@ -113,6 +114,7 @@ SCHEDULES: dict[str, dict[str, Any]] = {
     },
     "deepseek-moe-3b": {
         "global_batch_size": 1728,
+        "micro_batch_size": 4,
         "steps": 56_514,
         "lr": 7.8e-4,
         "min_lr": 7.8e-5,

@@ -61,12 +61,12 @@ REFUSED = [
     ),
     ("--vpp 2", "alflb: --vpp=2: needs --pp above 1"),
     (
-        "--pp 2 --vpp 2 --ep 1 --global-batch-size 12",
+        "--pp 2 --vpp 2 --ep 1 --global-batch-size 24",
         "alflb: --vpp=2: needs the 3 micro-batches a rank to be a multiple of --pp 2",
     ),
     (
         "--global-batch-size 6",
-        "alflb: --global-batch-size=6: must be a multiple of micro-batch size * data-parallel ranks = 8",
+        "alflb: --global-batch-size=6: must be a multiple of micro-batch size * data-parallel ranks = 16",
     ),
     ("--aux-loss-type seq_aux_loss", "alflb: --aux-loss-type=seq_aux_loss: needs --aux-loss-coeff above 0"),
     ("--capacity-factor 0", "alflb: --capacity-factor=0.0: must be above 0"),
