@@ -7,6 +7,7 @@ import os
 import sys
 import uuid
 from collections.abc import Sequence
+from typing import Any
 
 
 def under_a_launcher() -> bool:
@@ -18,19 +19,13 @@ def world_size() -> int:
     return int(os.environ["WORLD_SIZE"])
 
 
-def launch(arguments: Sequence[str], nproc: int) -> int:
-    """Runs `alflb <arguments>` as `nproc` ranks on this machine; returns the exit code of the first that failed, or 0.
+def launch_config(nproc: int) -> Any:
+    """torch's LaunchConfig for `nproc` ranks on this machine, on a free port, without restarts."""
+    from torch.distributed.launcher.api import LaunchConfig
 
-    Ranks share the cores: each gets cores / nproc threads unless OMP_NUM_THREADS is set.
-    """
-    from torch.distributed.elastic.multiprocessing.api import SignalException
-    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
-
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // nproc)))
     # What a failed rank has to say it says itself; the launcher's report adds tables, not reasons.
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
-    config = LaunchConfig(
+    return LaunchConfig(
         min_nodes=1,
         max_nodes=1,
         nproc_per_node=nproc,
@@ -40,8 +35,20 @@ def launch(arguments: Sequence[str], nproc: int) -> int:
         max_restarts=0,
         monitor_interval=0.1,
     )
+
+
+def launch(arguments: Sequence[str], nproc: int) -> int:
+    """Runs `alflb <arguments>` as `nproc` ranks on this machine; returns the exit code of the first that failed, or 0.
+
+    Ranks share the cores: each gets cores / nproc threads unless OMP_NUM_THREADS is set.
+    """
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import elastic_launch
+
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // nproc)))
     try:
-        elastic_launch(config, sys.executable)("-m", "alflb_megatron.cli", *arguments)
+        elastic_launch(launch_config(nproc), sys.executable)("-m", "alflb_megatron.cli", *arguments)
     except ChildFailedError as error:
         _, failure = error.get_first_failure()
         return failure.exitcode if failure.exitcode > 0 else 1

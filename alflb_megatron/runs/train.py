@@ -16,7 +16,8 @@ from torch import Tensor
 from alflb_megatron import metrics
 from alflb_megatron.hosts import cpu
 from alflb_megatron.runs.job import Plan
-from alflb_megatron.runs.record import Progress, RunFolder, summarise
+from alflb_megatron.runs.progress import Progress
+from alflb_megatron.runs.record import RunFolder, summarise
 from alflb_megatron.settings import SettingError
 
 

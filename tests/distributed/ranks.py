@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import logging
 import os
-import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -12,9 +10,10 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+from torch.distributed.launcher.api import elastic_launch
 
 from alflb_megatron.hosts import cpu
+from alflb_megatron.runs.launch import launch_config
 
 
 def run(nproc: int, function: Callable[..., Any], *args: Any, without: tuple[str, ...] = ()) -> list[Any]:
@@ -23,20 +22,8 @@ def run(nproc: int, function: Callable[..., Any], *args: Any, without: tuple[str
     `function` has to be importable. A rank's exception is raised here, with its traceback in the message. `without`
     names substitutions of `hosts/cpu.py` to leave out.
     """
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     os.environ["OMP_NUM_THREADS"] = "1"
-    config = LaunchConfig(
-        min_nodes=1,
-        max_nodes=1,
-        nproc_per_node=nproc,
-        run_id=uuid.uuid4().hex,
-        rdzv_backend="c10d",
-        rdzv_endpoint="localhost:0",
-        max_restarts=0,
-        monitor_interval=0.1,
-        start_method="spawn",
-    )
-    results = elastic_launch(config, _on_rank)(function, args, without)
+    results = elastic_launch(launch_config(nproc), _on_rank)(function, args, without)
     return [results[rank] for rank in range(nproc)]
 
 

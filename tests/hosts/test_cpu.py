@@ -66,13 +66,28 @@ def _gather_uneven(folder: Path, nproc: int) -> tuple[torch.Tensor, torch.Tensor
     return gathered.detach(), mine.grad
 
 
-def test_with_all_substitutions_the_distributed_optimizer_resumes_bit_for_bit(tmp_path: Path) -> None:
-    for uninterrupted, resumed in ranks.run(2, _train_save_load, tmp_path, 2):
+@pytest.fixture(scope="module")
+def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """What each of two ranks saw with all substitutions: one launch for the tests that share it."""
+    return ranks.run(2, _all_of_two_ranks, tmp_path_factory.mktemp("checkpoint"))
+
+
+def _all_of_two_ranks(folder: Path) -> dict[str, Any]:
+    return {
+        "resumed": _train_save_load(folder, 2),
+        "gathered": _gather_uneven(folder, 2),
+        "initial": _initial_weights(),
+        "norms": _norm_weights(),
+    }
+
+
+def test_with_all_substitutions_the_distributed_optimizer_resumes_bit_for_bit(two_ranks: list[dict[str, Any]]) -> None:
+    for uninterrupted, resumed in (rank["resumed"] for rank in two_ranks):
         assert uninterrupted == resumed
 
 
-def test_uneven_shards_are_gathered_and_their_gradients_summed(tmp_path: Path) -> None:
-    (first, first_grad), (second, second_grad) = ranks.run(2, _gather_uneven, tmp_path, 2)
+def test_uneven_shards_are_gathered_and_their_gradients_summed(two_ranks: list[dict[str, Any]]) -> None:
+    (first, first_grad), (second, second_grad) = (rank["gathered"] for rank in two_ranks)
     assert first.tolist() == second.tolist() == [[1.0, 1.0], [2.0, 2.0], [2.0, 2.0], [2.0, 2.0]]
     assert torch.cat([first_grad, second_grad]).tolist() == (3 * torch.arange(8.0).view(4, 2)).tolist()
 
@@ -185,11 +200,12 @@ def _initial_weights() -> list[tuple[float, float]]:
         expert = next(name for name in weights if "local_experts.0" in name)
         router = next(name for name in weights if name.endswith("router.weight"))
         sums.append((weights[expert], weights[router]))
+    del cpu.SWITCHES["use_cpu_initialization"]
     return sums
 
 
-def test_experts_differ_between_ranks_unless_initialised_on_the_cpu() -> None:
-    first, second = ranks.run(2, _initial_weights)
+def test_experts_differ_between_ranks_unless_initialised_on_the_cpu(two_ranks: list[dict[str, Any]]) -> None:
+    first, second = (rank["initial"] for rank in two_ranks)
     for (expert_0, router_0), (expert_1, router_1), alike in zip(first, second, (False, True), strict=True):
         assert router_0 == router_1
         assert (expert_0 == expert_1) is alike
@@ -246,8 +262,8 @@ def _norm_weights() -> dict[str, torch.Tensor]:
         return {name: weight.detach().clone() for name, weight in chunk.named_parameters() if "norm" in name}
 
 
-def test_norms_stay_the_same_on_every_tensor_parallel_rank() -> None:
-    first, second = ranks.run(2, _norm_weights)
+def test_norms_stay_the_same_on_every_tensor_parallel_rank(two_ranks: list[dict[str, Any]]) -> None:
+    first, second = (rank["norms"] for rank in two_ranks)
     assert first and all(torch.equal(first[name], second[name]) for name in first)
     assert any(not torch.equal(weight, torch.ones_like(weight)) for weight in first.values())
 

@@ -14,11 +14,11 @@ import termios
 import pytest
 
 from alflb_megatron.runs import record as record_module
+from alflb_megatron.runs.progress import Progress
 from alflb_megatron.runs.record import (
     CONFIG_KEYS,
     FIGURE_KEYS,
     HalfWrittenLine,
-    Progress,
     RunFolder,
     git_revision,
     is_run,
@@ -384,7 +384,7 @@ def test_progress_leaves_standard_output_alone(capsys):
 
 
 def test_the_bar_is_imported_only_where_it_is_drawn():
-    code = "import sys, alflb_megatron.runs.record as r; r.Progress(1); print({'tqdm', 'torch'} & set(sys.modules))"
+    code = "import sys, alflb_megatron.runs.progress as r; r.Progress(1); print({'tqdm', 'torch'} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "set()"
 
