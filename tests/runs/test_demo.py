@@ -174,7 +174,7 @@ def test_an_interrupt_ends_the_process_too(tmp_path):
         (["--nproc", "-1"], "--nproc=-1: must be at least 1"),
         (["--rules", "sign", "sign"], "--rules=sign sign: must name at least one rule, and each once"),
         (["--rules", "none", "../home"], "--rule=../home: must be one of none, builtin, "),
-        (["--nproc", "3"], "--global-batch-size=8: must be a multiple of "),
+        (["--nproc", "3"], "--global-batch-size=16: must be a multiple of "),
     ],
 )
 def test_a_bad_flag_is_one_line_and_exit_code_2(tmp_path, capsys, arguments, message):
