@@ -42,7 +42,12 @@ if "router" not in {field.name for field in dataclasses.fields(MoESubmodules)}:
     raise ImportError("alflb_megatron needs megatron-core >= 0.16: this one builds its router by name")
 
 
-FLOAT32_SCORES = tuple(int(part) for part in megatron.core.__version__.split(".")[:2]) >= (0, 18)
+VERSION = tuple(int(part) for part in megatron.core.__version__.split(".")[:2])
+
+EXPERT_GRADIENTS_OVER_TP = VERSION >= (0, 19)
+"""Whether TP > 1 with ETP = 1 and EP = 1 sums expert gradients over TP. 0.16.1 does not, 0.19.2 does."""
+
+FLOAT32_SCORES = VERSION >= (0, 18)
 """Up to 0.17 Megatron-Core rounds scores to the logits' dtype after each operation; from 0.18 on they stay float32."""
 
 

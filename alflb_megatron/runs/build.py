@@ -69,6 +69,10 @@ def transformer_config(plan: Plan) -> TransformerConfig:
     cuda, te = torch.cuda.is_available(), have_transformer_engine()
     if job.dispatcher == "flex" and not (cuda and importlib.util.find_spec("deep_ep")):
         raise SettingError("--dispatcher", "flex", "needs CUDA and DeepEP; use alltoall or allgather")
+    if job.tp > 1 and job.etp == 1 and job.ep == 1 and not core.EXPERT_GRADIENTS_OVER_TP:
+        raise SettingError(
+            "--etp", 1, "this Megatron-Core leaves expert gradients unsummed over TP; use --etp 0 or --ep above 1"
+        )
     for flag, wanted in (("--router-fusion", job.router_fusion), ("--grouped-gemm", job.grouped_gemm)):
         if wanted and not te:
             raise SettingError(flag, wanted, "needs CUDA and Transformer Engine")
@@ -143,6 +147,8 @@ def gpt_model(plan: Plan, config: TransformerConfig, vp_stage: int | None = None
     mtp = None
     if config.mtp_num_layers:
         mtp = get_gpt_mtp_block_spec(config, spec, use_transformer_engine=te, vp_stage=vp_stage)
+        if not te and config.sequence_parallel:
+            mtp = cpu.use_plain_norm(mtp, config)
     return GPTModel(
         config=config,
         transformer_layer_spec=spec,

@@ -67,7 +67,9 @@ class Job:
     pp: int = knob(1, "pipeline stages", minimum=1)
     vpp: int = knob(1, "model chunks a pipeline stage (interleaved schedule above 1)", minimum=1)
     ep: int = knob(2, "expert-parallel ranks", minimum=1)
-    etp: int = knob(1, "tensor-parallel ranks inside an expert", minimum=1)
+    etp: int = knob(
+        0, "tensor-parallel ranks inside an expert; 0 takes --tp where --ep is 1, and 1 elsewhere", minimum=0
+    )
     dispatcher: str = knob("alltoall", "Megatron-Core's token dispatcher", choices=("alltoall", "allgather", "flex"))
     optimizer: str = knob("adam", "adam, or Megatron-Core's distributed optimizer", choices=("adam", "distributed"))
     overlap_grad_reduce: bool = knob(False, "reduce gradients while the backward pass runs")
@@ -170,6 +172,8 @@ def resolve(job: Mapping[str, Any], shape: Mapping[str, Any], alf: Mapping[str, 
         raise SettingError("--preset", preset, f"must be one of {', '.join(PRESETS)}")
     settings = from_mapping(Job, {**SCHEDULES[preset], **job})
     check(settings)
+    if settings.etp == 0:
+        settings = dataclasses.replace(settings, etp=settings.tp if settings.ep == 1 else 1)
     model = dataclasses.replace(PRESETS[preset], **shape)
     if settings.rule in UNBALANCED:
         plan = Plan(settings, model, None, _builtin_rate(settings, model, alf))
@@ -204,7 +208,9 @@ def resolve_resumed(
     own.pop("rule", None)
     if job.get("rule", before.job.rule) != before.job.rule:
         own = {}
-    this_time = {"json": False, "load": "", "resume": True}
+    this_time: dict[str, Any] = {"json": False, "load": "", "resume": True}
+    if {"tp", "ep"} & job.keys():
+        this_time["etp"] = 0
     return resolve(
         {**dataclasses.asdict(before.job), **this_time, **job},
         {**dataclasses.asdict(before.shape), **shape},

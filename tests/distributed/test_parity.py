@@ -29,15 +29,17 @@ CASES: dict[str, dict[str, Any]] = {
     "global-auxiliary-loss": {"ep": 2, "aux_loss_coeff": 0.01, "aux_loss_type": "global_aux_loss"},
     "group-limited": {"ep": 2},
     "mtp": {"ep": 2},
+    "mtp-sequence-parallel": {"tp": 2},
 }
 SHAPES: dict[str, dict[str, Any]] = {
     "group-limited": {"num_groups": 4, "group_topk": 2, "topk_scaling_factor": 2.5},
     "mtp": {"mtp_layers": 1},
+    "mtp-sequence-parallel": {"mtp_layers": 1},
 }
 LAYOUTS = [
     ["dp2"],
     [name for name, job in CASES.items() if job.get("ep") == 2],
-    ["tp2-sequence-parallel"],
+    ["tp2-sequence-parallel", "mtp-sequence-parallel"],
     ["pp2"],
     ["pp2-interleaved"],
 ]
