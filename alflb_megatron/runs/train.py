@@ -94,12 +94,25 @@ class _Session:
         if self.resumed is not None and self.resumed.fingerprint != self.training.fingerprint:
             raise SettingError("--data", job.data, "is not the text, or not the order, that this run was started with")
         # Only now: a run that cannot go on leaves the records of the one it finds as they are.
-        self.record = RunFolder(self.folder, resume_step=self.start or None) if self.first else None
-        dist.barrier()
+        self.record = self._run_folder()
         self.trainee = build.trainee(plan)
         if (saved := self.resumed or self.loaded) is not None:
             checkpoint.load(self.trainee, plan, saved, weights_only=self.loaded is not None)
         self.trainee.scheduler.step(increment=self.start)
+
+    def _run_folder(self) -> RunFolder | None:
+        """The run folder on rank 0, None on the others; what rank 0 finds wrong with it, every rank raises."""
+        record: RunFolder | None = None
+        refused: list[tuple[str, str, str] | None] = [None]
+        if self.first:
+            try:
+                record = RunFolder(self.folder, resume_step=self.start or None)
+            except SettingError as error:
+                refused = [(error.flag, str(error.value), error.allowed)]
+        dist.broadcast_object_list(refused)
+        if refused[0] is not None:
+            raise SettingError(*refused[0])
+        return record
 
     def run(self) -> dict[str, Any]:
         parts = self.build.parts()

@@ -94,6 +94,7 @@ LATE = [
     (["--data", "nowhere/at/all"], "--data=nowhere/at/all: "),
     (["--tokenizer", "magic"], "--tokenizer=magic: "),
     (["--resume"], "--resume="),
+    (["--out", "TAKEN"], "--out="),
     (["--load", "nowhere"], "--load=nowhere: must name a run with a checkpoint, or a checkpoint folder"),
     (["--dispatcher", "flex"], "--dispatcher=flex: needs CUDA and DeepEP; use alltoall or allgather"),
     (["--grouped-gemm"], "--grouped-gemm=True: needs CUDA and Transformer Engine"),
@@ -102,6 +103,9 @@ LATE = [
 
 @pytest.mark.parametrize(("words", "begin"), LATE, ids=[words[0] for words, _ in LATE])
 def test_what_the_ranks_find_is_one_line_too(words: list[str], begin: str, tmp_path: Path) -> None:
+    (tmp_path / "taken").mkdir()
+    (tmp_path / "taken" / "thesis.txt").write_text("not a run", encoding="utf-8")
+    words = [word.replace("TAKEN", str(tmp_path / "taken")) for word in words]
     command = [sys.executable, "-m", "alflb_megatron.cli", "train", "--steps", "1", "--out", str(tmp_path / "run")]
     done = subprocess.run([*command, *words], capture_output=True, text=True, timeout=120)
     lines = done.stderr.strip().splitlines()
