@@ -158,7 +158,7 @@ def _parameters(preset: str) -> int:
     from alflb_megatron.runs import build
     from tests.distributed import ranks
 
-    job = {"preset": preset, "nproc": 1, "ep": 1, "global_batch_size": 4, "optimizer": "adam", "dtype": "fp32"}
+    job = {"preset": preset, "nproc": 1, "ep": 1, "global_batch_size": 8, "optimizer": "adam", "dtype": "fp32"}
     plan = resolve(job, {}, {})
     with ranks.model_parallel():
         config = build.transformer_config(plan)
