@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -150,12 +151,6 @@ def _on_this_split(optimizer: Any, loaded: dict[Any, Any]) -> dict[Any, Any]:
     (step and settings of the parameter groups) comes back in the shape it was saved in and is put in its place here.
     """
     chained = optimizer.chained_optimizers
-    if len(chained) == 1 and "param_state" in loaded and "optimizer" not in loaded:
-        raise SettingError("--ep", 1, "cannot take up the distributed optimizer's state of a run with experts split")
-    if len(chained) > 1 and any(
-        "param_state" in loaded[i] and "optimizer" not in loaded[i] for i in range(len(chained))
-    ):
-        raise SettingError("--ep", "above 1", "cannot take up the distributed optimizer's state of a run with --ep 1")
 
     def inner(entry: dict[Any, Any]) -> dict[Any, Any]:
         return entry.get("optimizer", entry)  # a mixed-precision optimizer wraps Adam's state
@@ -164,6 +159,10 @@ def _on_this_split(optimizer: Any, loaded: dict[Any, Any]) -> dict[Any, Any]:
     steps = [inner(entry)["state"]["common_step"] for entry in saved if "common_step" in inner(entry)["state"]]
     whole = {name: value for name, value in loaded.items() if not isinstance(name, int)}
     entries = [whole] if len(chained) == 1 else [loaded[index] for index in range(len(chained))]
+    if any("param_state" in entry and "optimizer" not in entry for entry in entries):
+        split = "1" if len(chained) == 1 else "above 1"
+        allowed = "above 1" if len(chained) == 1 else "1"
+        raise SettingError("--ep", split, f"must be {allowed}, as the distributed optimizer's state was saved")
     for part, entry in zip(chained, entries, strict=True):
         state = inner(entry)
         if steps:
@@ -176,6 +175,4 @@ def _on_this_split(optimizer: Any, loaded: dict[Any, Any]) -> dict[Any, Any]:
 
 def _remove(path: Path) -> None:
     if path.exists():
-        import shutil
-
         shutil.rmtree(path)
