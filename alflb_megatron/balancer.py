@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from alflb_megatron import metrics
 from alflb_megatron.config import ALFConfig
-from alflb_megatron.loads import LoadSum, LoadWindow
+from alflb_megatron.loads import LoadSum, LoadWindow, Seen
 from alflb_megatron.rules import State, Stats
 
 logger = logging.getLogger(__name__)
@@ -42,12 +42,13 @@ class Record:
 
     layers: layer numbers as Megatron-Core counts them, from 1; MTP layers go on after the decoder's last.
     loads: int64 [E] a layer, summed over the reduce group. bias: float32 [E] a layer after the update, None where
-    the router has none.
+    the router has none. rejected: bool [layers], True where the update was refused and the bias stayed as it was.
     """
 
     layers: tuple[int, ...]
     loads: tuple[Tensor, ...]
     bias: tuple[Tensor | None, ...]
+    rejected: Tensor
 
     def max_vio(self) -> Tensor:
         """MaxVio of each layer, float64 [layers]."""
@@ -65,6 +66,7 @@ class Balancer:
         self.group = group
         self.last: Record | None = None
         self.updates = 0
+        self.rejections: Tensor | int = 0  # updates refused so far, int64 [layers] once there was one to judge
         self._sum: LoadSum | None = None
 
     @torch.no_grad()
@@ -78,19 +80,24 @@ class Balancer:
         """Waits for the loads, moves every bias that is not frozen, empties the windows; None if none was launched."""
         if self._sum is None:
             return None
-        loads, sent_from_here = self._sum.wait(), self._sum.sent
+        seen, sent_from_here = self._sum.wait(), self._sum.sent
         self._sum = None
+        refused = [torch.zeros_like(layer.unsound, dtype=torch.bool) for layer in seen]
         for config, seats in self._alike():
-            members = [self.seats[i] for i in seats]
-            _update(config, members, torch.stack([loads[i] for i in seats]))
+            rows = _update(config, [self.seats[i] for i in seats], [seen[i] for i in seats])
+            for index, row in zip(seats, rows, strict=True):
+                refused[index] = row
+        rejected = torch.cat(refused)
         for seat, sent in zip(self.seats, sent_from_here, strict=True):
             seat.load_window.take(sent)
         self.updates += 1
         self.last = Record(
             layers=self.layers,
-            loads=tuple(loads),
+            loads=tuple(layer.loads_E for layer in seen),
             bias=tuple(None if seat.expert_bias is None else seat.expert_bias.clone() for seat in self.seats),
+            rejected=rejected,
         )
+        self.rejections = self.rejections + rejected
         self._log()
         return self.last
 
@@ -120,21 +127,34 @@ class Balancer:
             logger.info("global batch %d: MaxVio mean %.4f max %.4f", self.updates, vio.mean(), vio.max())
 
 
-def _update(config: ALFConfig, seats: Sequence[Seat], loads_LE: Tensor) -> None:
-    """One step of the rule for seats that share settings and width. A layer that saw no token is left as it is."""
+def _update(config: ALFConfig, seats: Sequence[Seat], seen: Sequence[Seen]) -> Tensor:
+    """One step of the rule for seats that share settings and width; bool [L, 1], True where it was refused.
+
+    A layer that saw no token is left as it is. So is one whose step is refused: some token's scores were NaN or
+    infinite on any rank, counts overflowed, or the rule itself gave a number that is not finite.
+    """
     rows = [seat.read_state() for seat in seats]
     state: State = {name: torch.stack([row[1][name] for row in rows]) for name in rows[0][1]}
     bias_LE = torch.stack([cast(Tensor, seat.expert_bias) for seat in seats])
-    seen_L1 = loads_LE.sum(dim=-1, keepdim=True) > 0
-    n_L1 = torch.stack([row[0] for row in rows]) + seen_L1
-    moved_LE, moved = config.rule_knobs.step(bias_LE, Stats(loads_LE, n_L1.squeeze(-1).clamp(min=1)), state)
+    loads_LE = torch.stack([layer.loads_E for layer in seen])
+    histograms = [layer.histogram_EB for layer in seen if layer.histogram_EB is not None]
+    histogram_LEB = torch.stack(histograms) if histograms else None
+    some_L1 = loads_LE.sum(dim=-1, keepdim=True) > 0
+    n_L1 = torch.stack([row[0] for row in rows]) + 1
+    moved_LE, moved = config.rule_knobs.step(bias_LE, Stats(loads_LE, n_L1.squeeze(-1), histogram_LEB), state)
     if config.centring:
         moved_LE = moved_LE - moved_LE.mean(dim=-1, keepdim=True)
-    moved_LE = torch.where(seen_L1, moved_LE, bias_LE)
+    unsound_L1 = torch.stack([layer.unsound for layer in seen]) > 0
+    overflown_L1 = (loads_LE < 0).any(dim=-1, keepdim=True)
+    refused_L1 = unsound_L1 | overflown_L1 | ~moved_LE.isfinite().all(dim=-1, keepdim=True)
+    commit_L1 = some_L1 & ~refused_L1
+    moved_LE = torch.where(commit_L1, moved_LE, bias_LE)
+    n_L1 = n_L1 - 1 + commit_L1
     for row, seat in enumerate(seats):
-        kept = {name: _where_seen(seen_L1[row], moved[name][row], state[name][row]) for name in moved}
+        kept = {name: _where(commit_L1[row], moved[name][row], state[name][row]) for name in moved}
         seat.write_state(moved_LE[row], n_L1[row], kept)
+    return refused_L1
 
 
-def _where_seen(seen: Tensor, new: Tensor, old: Tensor) -> Tensor:
-    return torch.where(seen.reshape([1] * new.dim()), new, old)
+def _where(commit: Tensor, new: Tensor, old: Tensor) -> Tensor:
+    return torch.where(commit.reshape([1] * new.dim()), new, old)

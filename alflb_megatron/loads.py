@@ -1,28 +1,51 @@
 """What a router saw since the last update, and the one all-reduce that sums it over all layers and ranks.
 
 A load is *demand*: the number of valid tokens that chose an expert, before any capacity drop, each token once whatever
-is recomputed. Counts are int64: exact at every batch size, and left alone by casts to bf16 that round float buffers.
+is recomputed. Counts are integers: exact at every batch size, and left alone by casts to bf16 that round float buffers.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from alflb_megatron import margins
+
+
+class Seen(NamedTuple):
+    """What one router saw in one global batch."""
+
+    loads_E: Tensor  # int64 [E]
+    unsound: Tensor  # int64 [1], tokens with a score that is NaN or infinite
+    histogram_EB: Tensor | None  # int32 [E, B], margins, where the rule needs them
+
 
 class LoadWindow(nn.Module):
-    """Counts of one router, int64 [E], in a buffer that checkpoints do not hold."""
+    """Counts of one router, in buffers that checkpoints do not hold.
+
+    Args:
+        num_experts: E.
+        device: where the router is.
+        with_margins: whether to count margins too (`margins.add`).
+    """
 
     counts_E: Tensor
+    unsound: Tensor
+    histogram_EB: Tensor | None
 
-    def __init__(self, num_experts: int, device: torch.device | int | str | None = None) -> None:
+    def __init__(
+        self, num_experts: int, device: torch.device | int | str | None = None, with_margins: bool = False
+    ) -> None:
         super().__init__()
-        counts = torch.zeros(num_experts, dtype=torch.int64, device=device)
-        self.register_buffer("counts_E", counts, persistent=False)
+        self.register_buffer("counts_E", torch.zeros(num_experts, dtype=torch.int64, device=device), persistent=False)
+        self.register_buffer("unsound", torch.zeros(1, dtype=torch.int64, device=device), persistent=False)
+        histogram = torch.zeros(num_experts, margins.BINS, dtype=torch.int32, device=device) if with_margins else None
+        self.register_buffer("histogram_EB", histogram, persistent=False)
         self.measuring = False
         self.seen = 0  # forward passes counted since the last reset; on the host, for diagnostics
 
@@ -34,30 +57,72 @@ class LoadWindow(nn.Module):
         """
         return self.measuring or (training and torch.is_grad_enabled())
 
+    @property
+    def wants_margins(self) -> bool:
+        """Whether the pass that is being counted should bring its margins."""
+        return self.histogram_EB is not None and not self.measuring
+
     @torch.no_grad()
-    def observe(self, experts_TK: Tensor, valid_T: Tensor | None = None) -> None:
-        """Adds the chosen experts of T tokens (int64 [T, K]); those not `valid_T` (bool [T]) are padding."""
+    def observe(
+        self,
+        experts_TK: Tensor,
+        valid_T: Tensor | None = None,
+        *,
+        ranked_TK: Tensor | None = None,
+        margins_TE: Tensor | None = None,
+    ) -> None:
+        """Adds the choices of T tokens.
+
+        Args:
+            experts_TK: chosen experts, int64 [T, K].
+            valid_T: bool [T], False at padding, which is not counted; None where all are tokens.
+            ranked_TK: the scores that won; a token is unsound where one of them is NaN or infinite.
+            margins_TE: float32 [T, E], where `wants_margins`.
+        """
         self.seen += 1
         ones = (
             torch.ones_like(experts_TK) if valid_T is None else valid_T.to(torch.int64)[:, None].expand_as(experts_TK)
         )
         self.counts_E.scatter_add_(0, experts_TK.reshape(-1), ones.reshape(-1))
+        self._observe_more(ranked_TK, margins_TE, valid_T)
 
     @torch.no_grad()
-    def observe_map(self, map_TE: Tensor, valid_T: Tensor | None = None) -> None:
-        """The same from a routing map (bool [T, E]), where the chosen indices cannot be had."""
+    def observe_map(
+        self,
+        map_TE: Tensor,
+        valid_T: Tensor | None = None,
+        *,
+        weights_TE: Tensor | None = None,
+        margins_TE: Tensor | None = None,
+    ) -> None:
+        """The same from a routing map (bool [T, E]) and the gate weights, where a fused kernel gives no more."""
         self.seen += 1
-        if valid_T is not None:
-            map_TE = map_TE & valid_T[:, None]
-        self.counts_E += map_TE.sum(dim=0)
+        counted_TE = map_TE if valid_T is None else map_TE & valid_T[:, None]
+        self.counts_E += counted_TE.sum(dim=0)
+        self._observe_more(weights_TE, margins_TE, valid_T)
 
-    def take(self, counts_E: Tensor) -> None:
+    def _observe_more(self, numbers_TX: Tensor | None, margins_TE: Tensor | None, valid_T: Tensor | None) -> None:
+        if numbers_TX is not None:  # a sum is finite only if all of its terms are
+            unsound_T = ~numbers_TX.sum(dim=-1, dtype=torch.float32).isfinite()
+            self.unsound += (unsound_T if valid_T is None else unsound_T & valid_T).sum()
+        if margins_TE is not None and self.histogram_EB is not None:
+            margins.add(self.histogram_EB, margins_TE, valid_T)
+
+    def now(self) -> Seen:
+        """What has been counted so far, on this rank: the buffers themselves."""
+        return Seen(self.counts_E, self.unsound, self.histogram_EB)
+
+    def take(self, sent: Seen) -> None:
         """Takes out what has been summed; tokens that came meanwhile stay for the next global batch."""
-        self.counts_E -= counts_E
+        for mine, gone in zip(self.now(), sent, strict=True):
+            if mine is not None and gone is not None:
+                mine -= gone
         self.seen = 0
 
     def reset(self) -> None:
-        self.counts_E.zero_()
+        for mine in self.now():
+            if mine is not None:
+                mine.zero_()
         self.seen = 0
 
 
@@ -65,38 +130,64 @@ class LoadWindow(nn.Module):
 def measuring(windows: Sequence[LoadWindow]) -> Iterator[None]:
     """Counts every forward pass inside the block from zero, evaluation included; what was counted before comes back.
 
-    Read `counts_E` before the block ends.
+    Loads alone: margins are not measured. Read `counts_E` before the block ends.
     """
-    kept = [(window.counts_E.clone(), window.seen) for window in windows]
+    kept = [(window.counts_E.clone(), window.unsound.clone(), window.seen) for window in windows]
     for window in windows:
-        window.reset()
+        window.counts_E.zero_()
+        window.unsound.zero_()
         window.measuring = True
     try:
         yield
     finally:
-        for window, (counts, seen) in zip(windows, kept, strict=True):
+        for window, (counts, unsound, seen) in zip(windows, kept, strict=True):
             window.measuring = False
             window.counts_E.copy_(counts)
+            window.unsound.copy_(unsound)
             window.seen = seen
 
 
 class LoadSum:
-    """The loads of several windows, being summed over a process group by one asynchronous all-reduce.
+    """What several windows saw, being summed over a process group by one asynchronous all-reduce.
 
-    Windows may have different numbers of experts: counts travel as one flat int64 tensor.
+    Windows may have different numbers of experts, and histograms or none: all travels as one flat tensor, int64 without
+    histograms and int32 with them, which holds global batches of up to 2^31 - 1 tokens.
     """
 
-    def __init__(self, windows: Sequence[LoadWindow], group: dist.ProcessGroup | None) -> None:
-        self._widths = [window.counts_E.numel() for window in windows]
-        flat = torch.cat([window.counts_E for window in windows])
-        self.sent = flat.clone().split(self._widths)  # this rank's share, int64 [E] a window
-        self._flat = flat
+    def __init__(
+        self, windows: Sequence[LoadWindow], group: dist.ProcessGroup | None, with_margins: bool = True
+    ) -> None:
+        here = [window.now() for window in windows]
+        if not with_margins:
+            here = [seen._replace(histogram_EB=None) for seen in here]
+        self._here = here
+        narrow = any(seen.histogram_EB is not None for seen in here)
+        dtype = torch.int32 if narrow else torch.int64
+        self._flat = torch.cat([part.reshape(-1).to(dtype) for seen in here for part in seen if part is not None])
+        self.sent = self._unpack(self._flat.clone())  # this rank's share
         alone = not dist.is_initialized() or dist.get_world_size(group) == 1
         self._work = None if alone else dist.all_reduce(self._flat, group=group, async_op=True)
 
-    def wait(self) -> list[Tensor]:
-        """The summed loads, int64 [E] for each window, in their order."""
+    @property
+    def nbytes(self) -> int:
+        """Size of the one tensor that is summed."""
+        return self._flat.numel() * self._flat.element_size()
+
+    def wait(self) -> list[Seen]:
+        """What all ranks of the group saw, one for each window, in their order."""
         if self._work is not None:
             self._work.wait()
             self._work = None
-        return list(self._flat.split(self._widths))
+        return self._unpack(self._flat)
+
+    def _unpack(self, flat: Tensor) -> list[Seen]:
+        """Views of the histograms, int64 of the counts."""
+        parts = iter(flat.split([part.numel() for seen in self._here for part in seen if part is not None]))
+        return [
+            Seen(
+                loads_E=next(parts).to(torch.int64),
+                unsound=next(parts).to(torch.int64),
+                histogram_EB=None if seen.histogram_EB is None else next(parts).view_as(seen.histogram_EB),
+            )
+            for seen in self._here
+        ]

@@ -6,6 +6,9 @@ one figure a layer. A layer without any load counts as balanced.
 
 from __future__ import annotations
 
+import functools
+
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -38,3 +41,34 @@ def max_vio(loads: Tensor) -> Tensor:
 def bias_spread(bias: Tensor) -> Tensor:
     """max_k p_k - min_k p_k [...]: how far the bias reaches, in score units; constants added to p do not change it."""
     return bias.max(dim=-1).values - bias.min(dim=-1).values
+
+
+def correlation(a: Tensor, b: Tensor) -> Tensor:
+    """Cosine of the angle between rows of mean zero, as violations are: [..., 1]; 0 where either row is zero."""
+    product = (a * b).sum(dim=-1, keepdim=True)
+    length = a.norm(dim=-1, keepdim=True) * b.norm(dim=-1, keepdim=True)
+    return torch.where(length > 0, product / length.clamp(min=torch.finfo(length.dtype).tiny), 0.0)
+
+
+@functools.cache
+def sampling_floor(tokens: int, topk: int, experts: int, draws: int = 200, seed: int = 0) -> float:
+    """Mean MaxVio of one layer if each of `tokens` tokens draws `topk` distinct of `experts` experts uniformly.
+
+    Estimated from `draws` simulated batches with a fixed seed. A bias set before the batch is seen can equalise
+    the probabilities of the experts, not the luck of the draw: this is where MaxVio stays on average when all
+    probabilities are equal and tokens choose independently. ValueError unless 1 <= topk <= experts, tokens >= 1.
+    """
+    if not (tokens >= 1 and draws >= 1 and 1 <= topk <= experts):
+        raise ValueError(f"no draw of {topk} distinct experts out of {experts} by {tokens} tokens")
+    generator = np.random.default_rng(seed)
+    mean = tokens * topk / experts
+    total = 0.0
+    for _ in range(draws):
+        # Floyd's algorithm: each token's set of experts is uniform over all sets of that size.
+        chosen_TK = np.empty((tokens, topk), dtype=np.int64)
+        for k, last in enumerate(range(experts - topk, experts)):
+            draw_T = generator.integers(0, last + 1, size=tokens)
+            taken_T = (chosen_TK[:, :k] == draw_T[:, None]).any(axis=1)
+            chosen_TK[:, k] = np.where(taken_T, last, draw_T)
+        total += np.bincount(chosen_TK.ravel(), minlength=experts).max() / mean - 1
+    return total / draws

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from alflb_megatron.config import ALFConfig
 from alflb_megatron.loads import LoadWindow
-from alflb_megatron.routing import Gate, group_limited_topk, select
+from alflb_megatron.routing import Gate, group_limited_topk, margins_of_map, select
 from alflb_megatron.rules import State
 from alflb_megatron.settings import SettingError
 
@@ -76,9 +76,10 @@ class ALFRouter(TopKRouter):
             group_topk=config.moe_router_group_topk,
             score_unit=self.alf.score_unit,
             float32_scores=float32_scores,
+            threshold=None if self.alf.frozen else self.alf.rule_knobs.threshold,
         )
         device = torch.cuda.current_device()
-        self.load_window = LoadWindow(self.num_experts, device=device)
+        self.load_window = LoadWindow(self.num_experts, device, with_margins=self.gate.threshold is not None)
         self._new_buffer("expert_bias", torch.zeros(self.num_experts, dtype=torch.float32, device=device))
         self._new_buffer("alf_n", torch.zeros(1, dtype=torch.int64, device=device))
         rows = {name: rows[0] for name, rows in self.alf.rule_knobs.init(layers=1, experts=self.num_experts).items()}
@@ -125,6 +126,7 @@ class ALFRouter(TopKRouter):
 
     def _choose(self, logits_TE: Tensor, valid_T: Tensor | None) -> tuple[Tensor, Tensor]:
         counting = self.load_window.is_open(self.training)
+        with_margins = counting and self.load_window.wants_margins
         if counting:
             self._warn_if_never_updated()
         if self.config.moe_router_fusion:
@@ -140,11 +142,14 @@ class ALFRouter(TopKRouter):
                 fused=True,
             )
             if counting:
-                self.load_window.observe_map(map_TE, valid_T)
+                margins_TE = margins_of_map(logits_TE, self.gate, self.expert_bias, map_TE) if with_margins else None
+                self.load_window.observe_map(map_TE, valid_T, weights_TE=probs_TE, margins_TE=margins_TE)
             return probs_TE, map_TE
-        choice = select(logits_TE, self.gate, self.expert_bias, self._replayed_topk())
+        choice = select(logits_TE, self.gate, self.expert_bias, self._replayed_topk(), with_margins)
         if counting:
-            self.load_window.observe(choice.experts_TK, valid_T)
+            self.load_window.observe(
+                choice.experts_TK, valid_T, ranked_TK=choice.ranked_TK, margins_TE=choice.margins_TE
+            )
         return choice.probs_TE, choice.map_TE
 
     def _replayed_topk(self) -> Any:

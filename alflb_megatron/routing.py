@@ -14,6 +14,9 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from alflb_megatron import margins
+from alflb_megatron.margins import Threshold
+
 
 class TopK(Protocol):
     """How the K largest of `scores_TE` are found; returns (values, indices), both [T, K]."""
@@ -40,6 +43,9 @@ class Gate:
     group_topk: int | None = None
     score_unit: str = "score"
     float32_scores: bool = True
+    threshold: Threshold | None = None
+    """Against what margins can be asked for (`select`). With it the K + 1 largest are searched for, whether margins are
+    asked for or not: a layer that is recomputed must break ties as it did before."""
 
 
 class Choice(NamedTuple):
@@ -48,6 +54,8 @@ class Choice(NamedTuple):
     experts_TK: Tensor  # int64 [T, K]
     probs_TE: Tensor  # [T, E], the logits' dtype: gate weights, zero where not chosen
     map_TE: Tensor  # bool [T, E]: True where chosen
+    ranked_TK: Tensor  # [T, K]: the s + p that won; not finite where a token's scores were not
+    margins_TE: Tensor | None = None  # float32 [T, E] where asked for
 
 
 def group_limited_topk(
@@ -113,7 +121,20 @@ def _gate_weights(logits_TE: Tensor, scores_TE: Tensor | None, experts_TK: Tenso
     return weights_TK.type_as(logits_TE)
 
 
-def select(logits_TE: Tensor, gate: Gate, bias_E: Tensor | None = None, topk: TopK | None = None) -> Choice:
+def margins_of_map(logits_TE: Tensor, gate: Gate, bias_E: Tensor, map_TE: Tensor) -> Tensor:
+    """Margins, float32 [T, E], where only the routing map (bool [T, E]) is known, as after a fused kernel."""
+    assert gate.threshold is not None
+    with torch.no_grad():
+        return margins.of_map(_ranked(logits_TE, None, gate, bias_E), map_TE, gate.threshold)
+
+
+def select(
+    logits_TE: Tensor,
+    gate: Gate,
+    bias_E: Tensor | None = None,
+    topk: TopK | None = None,
+    with_margins: bool = False,
+) -> Choice:
     """Routes T tokens: the K experts with the largest s + p, weighted by the unbiased scores.
 
     Args:
@@ -121,13 +142,26 @@ def select(logits_TE: Tensor, gate: Gate, bias_E: Tensor | None = None, topk: To
         gate: the gate's fixed choices.
         bias_E: the expert bias p, float32 [E], or None for unbiased routing.
         topk: replaces the search for the K largest (router replay); default `group_limited_topk`.
+        with_margins: whether to measure margins against `gate.threshold` too.
     """
     normalised_over_all = gate.score_function == "softmax" and gate.pre_softmax
     scores_TE = scores_of(logits_TE, gate) if normalised_over_all else None
     with torch.no_grad():
         ranked_TE = _ranked(logits_TE, scores_TE, gate, bias_E)
-        _, experts_TK = (topk or group_limited_topk)(ranked_TE, gate.topk, gate.num_groups, gate.group_topk)
+        top_TJ: Tensor | None = None
+        if gate.threshold is not None and topk is None and not gate.group_topk:
+            top_TJ, experts_TJ = torch.topk(ranked_TE, k=min(gate.topk + 1, ranked_TE.shape[1]), dim=1)
+            ranked_TK, experts_TK = top_TJ[:, : gate.topk], experts_TJ[:, : gate.topk]
+        else:
+            find = topk or group_limited_topk
+            ranked_TK, experts_TK = find(ranked_TE, gate.topk, gate.num_groups, gate.group_topk)
     weights_TK = _gate_weights(logits_TE, scores_TE, experts_TK, gate)
     probs_TE = torch.zeros_like(logits_TE).scatter(1, experts_TK, weights_TK)
     map_TE = torch.zeros_like(logits_TE, dtype=torch.bool).scatter_(1, experts_TK, True)
-    return Choice(experts_TK, probs_TE, map_TE)
+    margins_TE = None
+    if with_margins and gate.threshold is not None:
+        if top_TJ is not None:
+            margins_TE = margins.of_top(ranked_TE, top_TJ, experts_TK, gate.threshold)
+        else:
+            margins_TE = margins.of_map(ranked_TE, map_TE, gate.threshold)
+    return Choice(experts_TK, probs_TE, map_TE, ranked_TK, margins_TE)

@@ -15,7 +15,8 @@ once, as [L, E] tensors (L layers, E experts), and never loops over either. To a
         def step(self, bias, stats, state):
             return bias + self.step_size * stats.violation.tanh(), state
 
-and it is there for `ALFConfig(rule="mine")`, `alflb train --rule mine` and every host.
+and it is there for `ALFConfig(rule="mine")`, `alflb train --rule mine`, `alflb replay` and every host. A rule that
+needs more than loads says so by `threshold`; it is then shown a histogram of margins (`alflb_megatron.margins`).
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ import torch
 from torch import Tensor
 
 from alflb_megatron import metrics, settings
+from alflb_megatron.margins import Threshold, move_to_load
 
 State = dict[str, Tensor]
 
@@ -41,10 +43,12 @@ class Stats:
 
     loads: int64 [L, E], tokens that chose each expert over all ranks and micro-batches, before any is dropped.
     n: int64 [L], 1-based number of this update in each layer (the n of u/n).
+    histogram: int32 [L, E, B], margins of the same tokens, where the rule has a `threshold`.
     """
 
     loads: Tensor
     n: Tensor
+    histogram: Tensor | None = None
 
     @cached_property
     def violation(self) -> Tensor:
@@ -57,10 +61,25 @@ class Stats:
         total = self.loads.sum(dim=-1, keepdim=True)
         return torch.sign(total - self.loads * self.loads.shape[-1]).float()
 
+    @cached_property
+    def move_to_balance(self) -> Tensor:
+        """By how much each bias must move, alone, for its expert to carry L tokens, float32 [L, E]."""
+        if self.histogram is None:
+            raise ValueError("the rule asks for margins but has no `threshold`, so none were measured")
+        return move_to_load(self.histogram, metrics.mean_load(self.loads))
+
 
 @dataclass(frozen=True)
 class Rule:
-    """The contract. `step` is pure: it returns new tensors and leaves its arguments as they are."""
+    """The contract. `step` is pure: it returns new tensors and leaves its arguments as they are.
+
+    It runs on the device, forces no synchronisation and has shapes that never change, so a CUDA graph can hold it.
+    """
+
+    @property
+    def threshold(self) -> Threshold | None:
+        """What margins are to be measured against for this rule; None where loads are all it needs."""
+        return None
 
     def init(self, layers: int, experts: int) -> State:
         """The rule's own state before the first update: name -> tensor with one row a layer; none by default.

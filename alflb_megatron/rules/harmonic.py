@@ -2,24 +2,22 @@
 
 With u at least 1 / (modulus of strong convexity) the expected regret is O(log N) (Hazan et al. 2007; for this dual on
 the zero-sum subspace Han and Zhong 2025, arXiv 2512.03915). The same 1/n freezes the bias while the router keeps
-learning, so it suits a router that changes little.
+learning, so it suits a router that changes little, or a `floor` or `restart` (`rules/_decay.py`).
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
-from torch import Tensor
-
-from alflb_megatron.rules import Rule, State, Stats, register
+from alflb_megatron.rules import register
+from alflb_megatron.rules._decay import Decaying
 from alflb_megatron.settings import knob
 
 
 @register("harmonic")
 @dataclass(frozen=True)
-class Harmonic(Rule):
-    step_size: float = knob(1.0, "u: move of a bias per unit of relative violation at update 1", minimum=0.0)
+class Harmonic(Decaying):
+    power: ClassVar[float] = 1.0
 
-    def step(self, bias: Tensor, stats: Stats, state: State) -> tuple[Tensor, State]:
-        rate_L1 = (self.step_size / stats.n.float()).unsqueeze(-1)
-        return bias + stats.violation * rate_L1, state
+    step_size: float = knob(1.0, "u: move of a bias per unit of relative violation at update 1", minimum=0.0)

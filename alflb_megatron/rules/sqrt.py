@@ -7,18 +7,13 @@ Han and Zhong (2025, arXiv 2512.03915) study it for this dual. It still moves la
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
-from torch import Tensor
-
-from alflb_megatron.rules import Rule, State, Stats, register
-from alflb_megatron.settings import knob
+from alflb_megatron.rules import register
+from alflb_megatron.rules._decay import Decaying
 
 
 @register("sqrt")
 @dataclass(frozen=True)
-class Sqrt(Rule):
-    step_size: float = knob(0.1, "u: move of a bias per unit of relative violation at update 1", minimum=0.0)
-
-    def step(self, bias: Tensor, stats: Stats, state: State) -> tuple[Tensor, State]:
-        rate_L1 = (self.step_size / stats.n.float().sqrt()).unsqueeze(-1)
-        return bias + stats.violation * rate_L1, state
+class Sqrt(Decaying):
+    power: ClassVar[float] = 0.5

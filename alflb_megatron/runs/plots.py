@@ -7,7 +7,6 @@ is touched.
 
 from __future__ import annotations
 
-import functools
 import io
 import json
 import math
@@ -20,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from alflb_megatron.metrics import sampling_floor
 from alflb_megatron.runs.record import maxvio_text, read_metrics
 
 if TYPE_CHECKING:
@@ -32,30 +32,6 @@ DPI = 110
 WIDTH, HEIGHT = 10.0, 7.4  # inches
 
 DATA_NAMES = {"stdlib": "the source text of Python's standard library"}
-
-
-@functools.cache
-def sampling_floor(tokens: int, topk: int, experts: int, draws: int = 200, seed: int = 0) -> float:
-    """Mean MaxVio of one layer if each of `tokens` tokens draws `topk` distinct of `experts` experts uniformly.
-
-    Estimated from `draws` simulated batches with a fixed seed. A bias set before the batch is seen can equalise
-    the probabilities of the experts, not the luck of the draw: this is where MaxVio stays on average when all
-    probabilities are equal and tokens choose independently. ValueError unless 1 <= topk <= experts, tokens >= 1.
-    """
-    if not (tokens >= 1 and draws >= 1 and 1 <= topk <= experts):
-        raise ValueError(f"no draw of {topk} distinct experts out of {experts} by {tokens} tokens")
-    generator = np.random.default_rng(seed)
-    mean = tokens * topk / experts
-    total = 0.0
-    for _ in range(draws):
-        # Floyd's algorithm: each token's set of experts is uniform over all sets of that size.
-        chosen_TK = np.empty((tokens, topk), dtype=np.int64)
-        for k, last in enumerate(range(experts - topk, experts)):
-            draw_T = generator.integers(0, last + 1, size=tokens)
-            taken_T = (chosen_TK[:, :k] == draw_T[:, None]).any(axis=1)
-            chosen_TK[:, k] = np.where(taken_T, last, draw_T)
-        total += np.bincount(chosen_TK.ravel(), minlength=experts).max() / mean - 1
-    return total / draws
 
 
 def smooth(values: NDArray[np.float64], window: int) -> NDArray[np.float64]:

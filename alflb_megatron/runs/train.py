@@ -221,7 +221,7 @@ class _Session:
     def _gathered(self, record: dict[str, Any]) -> dict[str, Any]:
         """Adds the loads and biases of all pipeline stages to a step's record."""
         last = self.trainee.balancer.last
-        local = [] if last is None else list(zip(last.layers, last.loads, last.bias, strict=True))
+        local = [] if last is None else list(zip(last.layers, last.loads, last.bias, last.rejected, strict=True))
         rows: list[dict[str, Any]] = [
             {
                 "layer": layer,
@@ -229,14 +229,16 @@ class _Session:
                 "bias": None if bias is None else bias.tolist(),
                 "vio": float(metrics.max_vio(loads)),
                 "spread": 0.0 if bias is None else float(metrics.bias_spread(bias)),
+                "rejected": bool(rejected),
             }
-            for layer, loads, bias in local
+            for layer, loads, bias, rejected in local
         ]
         rows = sorted(self._over_stages(rows), key=lambda row: row["layer"])
         record |= {
             "maxvio_mean": math.fsum(row["vio"] for row in rows) / len(rows),
             "maxvio_max": max(row["vio"] for row in rows),
             "bias_spread": max(row["spread"] for row in rows),
+            "rejected": [row["layer"] for row in rows if row["rejected"]],
             "layers": [row["layer"] for row in rows],
             "loads": [row["loads"] for row in rows],
         }
@@ -262,10 +264,14 @@ class _Session:
                 self._forward(self._batches(self.validation, step), forward_only=True)
                 for step in range(self.validation_batches)
             ]
-            loads = LoadSum(windows, balancer.group).wait() if windows else []
+            seen = LoadSum(windows, balancer.group, with_margins=False).wait() if windows else []
         for chunk in self.trainee.chunks:
             chunk.train()
-        rows = sorted(self._over_stages([(k, row.tolist()) for k, row in zip(balancer.layers, loads, strict=True)]))
+        rows = sorted(
+            self._over_stages(
+                [(k, row.tolist()) for k, row in zip(balancer.layers, (layer.loads_E for layer in seen), strict=True)]
+            )
+        )
         return math.fsum(losses) / len(losses), [row for _, row in rows]
 
     def _summary(self, loss: float, loads: Sequence[Sequence[int]], saved: Path | None) -> dict[str, Any]:

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from alflb_megatron.runs.plots import COLOURS, comparison_figure, plot_comparison, sampling_floor, smooth
+from alflb_megatron.metrics import sampling_floor
+from alflb_megatron.runs.plots import COLOURS, comparison_figure, plot_comparison, smooth
 from alflb_megatron.runs.record import RunFolder, summarise
 
 

@@ -1,0 +1,117 @@
+"""How far each token is from changing its mind about an expert, as histograms, and the move that a load asks for.
+
+The margin of token i at expert k is m_ik = s_ik + p_k - th_ik, the distance of k's biased score from the score it
+must beat: m >= 0 where k was chosen, m <= 0 where not. If p_k alone moves by d, the load of k becomes #{i: m_ik > -d};
+so the d that gives it the load L is minus the L-th largest margin. That is the exact minimum of the dual along p_k
+(Han and Zhong 2025, arXiv 2512.03915: its slope there is A_k - L), known as quantile balancing (Su, kexue.fm 11619).
+
+What k must beat is, by `Threshold`:
+    own   the (K+1)-th largest biased score of the token if k was chosen, else the K-th: exactly what moves k in or out
+    next  the (K+1)-th largest for every expert, as Megatron-Core's and torchtitan's quantile balancing have it
+
+A histogram has the same BINS bins for every gate and expert: the exponent and the first bits of the mantissa of |m| as
+float32 holds it, times the sign. Bins are finest at the boundary, 19 to 25 percent wide elsewhere, and need no range:
+what lies beyond 2^8 falls in the outermost bins, minus infinity (a masked expert) included, and is never lost.
+Shapes: T tokens, E experts, K experts a token, L layers, B = BINS.
+"""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from functools import cache
+
+import torch
+from torch import Tensor
+
+MANTISSA_BITS = 2  # bins an octave: 2 ** 2
+SMALLEST, LARGEST = -23, 8  # exponents of the inner bins' range; float32 scores near 1 are 2^-24 apart
+SIDE = ((LARGEST - SMALLEST) << MANTISSA_BITS) + 2  # bins on one side of zero: inner ones, below 2^-23, beyond 2^8
+BINS = 2 * SIDE
+"""Bins of a histogram."""
+
+_SHIFT = 23 - MANTISSA_BITS
+_FIRST_KEY = (127 + SMALLEST) << MANTISSA_BITS
+
+
+class Threshold(StrEnum):
+    """The score that an expert must beat for a token."""
+
+    OWN = "own"
+    NEXT = "next"
+
+
+@cache
+def edges(device: torch.device | str = "cpu") -> Tensor:
+    """The BINS + 1 edges, ascending, float64; the outermost are the float32 limits the inner range ends at."""
+    keys = torch.arange(SIDE - 1, dtype=torch.int32) + _FIRST_KEY
+    inner = (keys << _SHIFT).view(torch.float32).double()  # lower edges of every bin but the first
+    positive = torch.cat([torch.zeros(1, dtype=torch.float64), inner, inner[-1:]])
+    return torch.cat([-positive.flip(0), positive[1:]]).to(device)
+
+
+def of_top(ranked_TE: Tensor, top_TJ: Tensor, experts_TK: Tensor, threshold: Threshold) -> Tensor:
+    """Margins, float32 [T, E], of a choice that is the K largest of s + p.
+
+    Args:
+        ranked_TE: s + p.
+        top_TJ: its K + 1 largest values, descending (K where K = E).
+        experts_TK: the chosen experts.
+        threshold: what an expert must beat.
+    """
+    topk = experts_TK.shape[1]
+    last_T1, next_T1 = top_TJ[:, topk - 1 : topk], top_TJ[:, -1:]
+    # a - b with a <= b gives +0 at a tie; minus (b - a) gives -0, which is the side of those not chosen
+    margins_TE = (last_T1 if threshold is Threshold.OWN else next_T1).float().sub(ranked_TE).neg_()
+    return margins_TE.scatter_(1, experts_TK, (top_TJ[:, :topk] - next_T1).float())
+
+
+def of_map(ranked_TE: Tensor, map_TE: Tensor, threshold: Threshold) -> Tensor:
+    """The same for any choice (bool [T, E]): group-limited, replayed or made by a fused kernel.
+
+    There an expert may have been passed over although it ranks higher; its margin is then zero from below.
+    """
+    ranked_TE = ranked_TE.float()
+    last_T1 = ranked_TE.masked_fill(~map_TE, float("inf")).amin(dim=1, keepdim=True)
+    next_T1 = ranked_TE.masked_fill(map_TE, float("-inf")).amax(dim=1, keepdim=True)
+    outside_TE = -((last_T1 if threshold is Threshold.OWN else next_T1) - ranked_TE).clamp(min=0)
+    return torch.where(map_TE, (ranked_TE - next_T1).clamp(min=0), outside_TE)
+
+
+def add(histogram_EB: Tensor, margins_TE: Tensor, valid_T: Tensor | None = None) -> None:
+    """Adds the margins of T tokens to int32 counts [E, B], in place; those not `valid_T` (bool [T]) are padding."""
+    bits_TE = margins_TE.view(torch.int32)
+    index_TE = (bits_TE & 0x7FFFFFFF) >> _SHIFT
+    index_TE.sub_(_FIRST_KEY - 1).clamp_(0, SIDE - 1)
+    index_TE.bitwise_xor_(bits_TE >> 31)  # j above zero, -1 - j below
+    experts = histogram_EB.shape[0]
+    index_TE.add_(torch.arange(SIDE, experts * BINS, BINS, dtype=torch.int32, device=index_TE.device))
+    ones = torch.ones((), dtype=torch.int32, device=index_TE.device)
+    weight_TE = (ones if valid_T is None else valid_T.to(torch.int32)[:, None]).expand(index_TE.shape)
+    histogram_EB.view(-1).index_add_(0, index_TE.view(-1), weight_TE.reshape(-1))
+
+
+def move_to_load(histogram_LEB: Tensor, load_L1: Tensor) -> Tensor:
+    """By how much each expert's bias must move, alone, for its load to become `load_L1`: float32 [L, E].
+
+    Exact up to the place inside one bin, where tokens are taken to lie evenly. No move reaches into the outermost
+    bins: an expert that no token can be brought to (masked with minus infinity, say) stays where it is.
+
+    Args:
+        histogram_LEB: margins of one global batch, integer [L, E, B].
+        load_L1: the wanted load, broadcast against [L, E].
+    """
+    inner_LEB = histogram_LEB[..., 1:-1]
+    above_LE = histogram_LEB[..., -1]
+    edges_B = edges(histogram_LEB.device)[1:-1]
+    # count_J[j]: how many inner margins are at or above edge j; descending in j, from all of them to none
+    count_LEJ = torch.nn.functional.pad(inner_LEB.flip(-1).cumsum(-1).flip(-1), (0, 1))
+    total_LE = count_LEJ[..., 0]
+    wanted_LE = torch.minimum((load_L1.double() - above_LE).clamp(min=0), total_LE.double())
+    bin_LE1 = (count_LEJ[..., 1:] > wanted_LE.unsqueeze(-1)).sum(-1, keepdim=True)
+    lowest_LE1 = (count_LEJ == total_LE.unsqueeze(-1)).sum(-1, keepdim=True) - 1  # the first bin that is not empty
+    bin_LE1 = torch.maximum(bin_LE1, lowest_LE1).clamp(max=edges_B.numel() - 2)
+    upper_LE1, lower_LE1 = count_LEJ.gather(-1, bin_LE1), count_LEJ.gather(-1, bin_LE1 + 1)
+    share_LE1 = (upper_LE1 - wanted_LE.unsqueeze(-1)) / (upper_LE1 - lower_LE1).clamp(min=1)
+    low_LE1, high_LE1 = edges_B[bin_LE1], edges_B[bin_LE1 + 1]
+    margin_LE = (low_LE1 + share_LE1 * (high_LE1 - low_LE1)).squeeze(-1)
+    return torch.where(total_LE > 0, -margin_LE, 0.0).float()
