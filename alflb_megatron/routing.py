@@ -156,7 +156,7 @@ def select(
             find = topk or group_limited_topk
             ranked_TK, experts_TK = find(ranked_TE, gate.topk, gate.num_groups, gate.group_topk)
     weights_TK = _gate_weights(logits_TE, scores_TE, experts_TK, gate)
-    probs_TE = torch.zeros_like(logits_TE).scatter(1, experts_TK, weights_TK)
+    probs_TE = torch.zeros_like(logits_TE).scatter_(1, experts_TK, weights_TK)  # in place: no second [T, E]
     map_TE = torch.zeros_like(logits_TE, dtype=torch.bool).scatter_(1, experts_TK, True)
     margins_TE = None
     if with_margins and gate.threshold is not None:

@@ -14,7 +14,10 @@ from tests.distributed import jobs, ranks
 EXACT_STEPS = 3
 
 
-def _fed_exactly(sizes: dict[str, int]) -> dict[str, Any]:
+RULES: list[dict[str, Any]] = [{"rule": "proportional", "step_size": 0.05}, {"rule": "quantile"}, {"rule": "adaptive"}]
+
+
+def _fed_exactly(alf: dict[str, Any], sizes: dict[str, int]) -> dict[str, Any]:
     """On a rank: a router fed its share of tokens that every split sees alike; loads and bias of some updates.
 
     Hidden states and gate weights are small integers over a power of two: logits are exact in float32 however the
@@ -33,7 +36,7 @@ def _fed_exactly(sizes: dict[str, int]) -> dict[str, Any]:
     with ranks.model_parallel(**sizes):
         config = build.transformer_config(plan)
         groups = get_default_pg_collection()
-        router = ALFRouter(config, groups, alf=ALFConfig(rule="proportional", step_size=0.05))
+        router = ALFRouter(config, groups, alf=ALFConfig(**alf))
         with torch.no_grad():
             router.weight.copy_(torch.randint(-8, 9, router.weight.shape, generator=generator) / 64)
         balancer = Balancer([router], [1], groups.tp_dp_cp)
@@ -56,12 +59,17 @@ def _fed_exactly(sizes: dict[str, int]) -> dict[str, Any]:
                 router(micro_batch.contiguous())
             balancer.launch()
             loads.append(balancer.commit().loads[0].tolist())
-        return {"loads": loads, "bias": router.expert_bias.tolist(), "n": router.alf_n.tolist()}
+        state = {name: row.tolist() for name, row in router.read_state()[1].items()}
+        return {"loads": loads, "bias": router.expert_bias.tolist(), "n": router.alf_n.tolist(), "state": state}
 
 
 def _each(function: Callable[..., Any], arguments: list[Any], *common: Any) -> list[Any]:
     """On a rank: the function of each argument, one after another, in the same process group."""
     return [function(*common, argument) for argument in arguments]
+
+
+def _each_rule(sizes: list[dict[str, int]]) -> list[list[dict[str, Any]]]:
+    return [[_fed_exactly(alf, size) for alf in RULES] for size in sizes]
 
 
 SPLITS: dict[int, list[dict[str, int]]] = {
@@ -81,14 +89,17 @@ SPLITS: dict[int, list[dict[str, int]]] = {
 
 
 def test_loads_and_bias_do_not_depend_on_the_split() -> None:
-    (alone,) = ranks.run(1, _fed_exactly, {})
-    assert alone["n"] == [EXACT_STEPS]
-    assert sum(alone["loads"][0]) == 64 * 4 * 2
-    assert max(alone["loads"][0]) > 1.2 * 64, "the example should not be balanced to begin with"
+    ((alone,),) = ranks.run(1, _each_rule, [{}])
+    for found in alone:
+        assert found["n"] == [EXACT_STEPS]
+        assert sum(found["loads"][0]) == 64 * 4 * 2
+        assert max(found["loads"][0]) > 1.2 * 64, "the example should not be balanced to begin with"
+        assert any(found["bias"])
     for nproc, sizes in SPLITS.items():
-        for rank, results in enumerate(ranks.run(nproc, _each, _fed_exactly, sizes)):
-            for size, found in zip(sizes, results, strict=True):
-                assert found == alone, f"{size}, rank {rank} of {nproc}"
+        for rank, results in enumerate(ranks.run(nproc, _each_rule, sizes)):
+            for size, of_rules in zip(sizes, results, strict=True):
+                for alf, found, expected in zip(RULES, of_rules, alone, strict=True):
+                    assert found == expected, f"{alf['rule']}, {size}, rank {rank} of {nproc}"
 
 
 def _saved(folder: Path) -> None:

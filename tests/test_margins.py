@@ -1,0 +1,154 @@
+"""Histograms of margins: every sample in its bin, and the move that a load asks for, against exact order statistics."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from alflb_megatron import margins
+from alflb_megatron.margins import BINS, SIDE, Threshold
+
+
+def histogram_of(values_TE: torch.Tensor, valid_T: torch.Tensor | None = None) -> torch.Tensor:
+    histogram = torch.zeros(values_TE.shape[1], BINS, dtype=torch.int32)
+    margins.add(histogram, values_TE, valid_T)
+    return histogram
+
+
+def choice(tokens: int = 500, experts: int = 12, topk: int = 3, seed: int = 0) -> tuple[torch.Tensor, ...]:
+    generator = torch.Generator().manual_seed(seed)
+    ranked = torch.rand(tokens, experts, generator=generator)
+    top, found = ranked.topk(topk + 1)
+    return ranked, top, found[:, :topk], torch.zeros_like(ranked, dtype=torch.bool).scatter(1, found[:, :topk], True)
+
+
+def test_bins_are_few_and_their_edges_ascend() -> None:
+    edges = margins.edges()
+    assert BINS <= 512
+    assert len(edges) == BINS + 1
+    assert (edges[2:-1] > edges[1:-2]).all()
+    assert edges[SIDE] == 0
+    widths = edges[SIDE + 2 : -1] / edges[SIDE + 1 : -2]
+    assert 1.14 < widths.min() <= widths.max() <= 1.25
+
+
+@given(st.lists(st.floats(width=32, allow_nan=False), min_size=1, max_size=50))
+@settings(deadline=None)
+def test_every_number_falls_into_the_bin_between_its_edges(values: list[float]) -> None:
+    edges = margins.edges()
+    for value in values:
+        (place,) = histogram_of(torch.tensor([[value]]))[0].nonzero()[:, 0].tolist()
+        above = place >= SIDE
+        assert above == (not np.signbit(np.float32(value)))
+        if place not in (0, BINS - 1):  # the outermost bins have no outer edge
+            low, high = float(edges[place]), float(edges[place + 1])
+            assert low <= value <= high
+        else:
+            assert abs(value) >= 2.0**margins.LARGEST
+
+
+@pytest.mark.parametrize("threshold", Threshold)
+def test_margins_are_the_distance_from_what_an_expert_must_beat(threshold: Threshold) -> None:
+    ranked, top, chosen, map_TE = choice()
+    found = margins.of_top(ranked, top, chosen, threshold)
+    for token in range(50):
+        order = sorted(ranked[token].tolist(), reverse=True)
+        for expert in range(ranked.shape[1]):
+            own = order[3] if map_TE[token, expert] else order[2]
+            beat = own if threshold is Threshold.OWN else order[3]
+            assert float(found[token, expert]) == pytest.approx(float(ranked[token, expert]) - beat, abs=1e-7)
+    assert torch.equal(~torch.signbit(found), map_TE)
+    assert torch.equal(found, margins.of_map(ranked, map_TE, threshold))
+
+
+def test_a_tie_stands_on_the_side_of_the_choice() -> None:
+    ranked = torch.tensor([[0.5, 0.5, 0.5, 0.1]])
+    top, found = ranked.topk(3)
+    margins_TE = margins.of_top(ranked, top, found[:, :2], Threshold.OWN)
+    map_TE = torch.zeros(1, 4, dtype=torch.bool).scatter(1, found[:, :2], True)
+    assert torch.equal(~torch.signbit(margins_TE), map_TE)
+    assert torch.equal(~torch.signbit(margins.of_map(ranked, map_TE, Threshold.OWN)), map_TE)
+
+
+def test_an_expert_passed_over_by_its_group_stands_at_zero_from_below() -> None:
+    ranked = torch.tensor([[0.9, 0.1, 0.6, 0.5]])  # groups (0, 1) and (2, 3): the second was taken
+    map_TE = torch.tensor([[False, False, True, True]])
+    found = margins.of_map(ranked, map_TE, Threshold.OWN)
+    torch.testing.assert_close(found, torch.tensor([[-0.0, -0.4, 0.0, 0.0]]))
+    assert torch.signbit(found).tolist() == [[True, True, False, False]]
+
+
+def test_positive_bins_hold_the_loads_and_padding_is_not_counted() -> None:
+    ranked, top, chosen, map_TE = choice()
+    valid = torch.arange(len(ranked)) % 3 > 0
+    found = margins.of_top(ranked, top, chosen, Threshold.OWN)
+    histogram = histogram_of(found, valid)
+    assert torch.equal(histogram[:, SIDE:].sum(1), map_TE[valid].sum(0))
+    assert torch.equal(histogram.sum(1), valid.sum().expand(12))
+    assert torch.equal(histogram, histogram_of(found[valid]))
+
+
+@given(
+    seed=st.integers(0, 1000),
+    tokens=st.integers(1, 400),
+    scale=st.sampled_from([1e-9, 1e-5, 1e-2, 1.0, 50.0]),
+    share=st.floats(0.01, 0.99),
+)
+@settings(deadline=None)
+def test_the_move_is_the_exact_quantile_within_a_bin(seed: int, tokens: int, scale: float, share: float) -> None:
+    values = torch.randn(tokens, 4, generator=torch.Generator().manual_seed(seed)) * scale
+    load = max(1, round(share * tokens))
+    moves = margins.move_to_load(histogram_of(values)[None], torch.tensor([[float(load)]]))[0]
+    edges = margins.edges()
+    exact = values.sort(dim=0, descending=True).values[load - 1].double()
+    for expert, (move, margin) in enumerate(zip(moves.double(), exact, strict=True)):
+        place = int((edges[1:-1] <= margin).sum())  # the bin between edges[place] and edges[place + 1]
+        slack = 1e-6 * float(margin.abs())
+        # the move lies in that bin, or on its edge where the load falls between two samples
+        assert edges[place] - slack <= -move <= edges[place + 1] + slack or _neighbours(
+            values[:, expert], -move, margin
+        )
+
+
+def _neighbours(values: torch.Tensor, found: torch.Tensor, margin: torch.Tensor) -> bool:
+    """Whether no sample lies strictly between the edge that was found and the exact margin."""
+    low, high = sorted([float(found), float(margin)])
+    return not bool(((values.double() > low + 1e-12) & (values.double() < high - 1e-12)).any())
+
+
+def test_the_move_gives_the_load() -> None:
+    ranked, top, chosen, _ = choice(tokens=4000)
+    histogram = histogram_of(margins.of_top(ranked, top, chosen, Threshold.OWN))
+    wanted = 4000 * 3 / 12
+    moves = margins.move_to_load(histogram[None], torch.tensor([[wanted]]))[0]
+    for expert in range(12):
+        moved = ranked.clone()
+        moved[:, expert] += moves[expert]
+        load = int((moved.topk(3).indices == expert).sum())
+        assert load == pytest.approx(wanted, rel=0.02)
+
+
+def test_doubling_every_sample_does_not_change_the_move() -> None:
+    values = torch.randn(100, 4, generator=torch.Generator().manual_seed(0))
+    once, load = histogram_of(values)[None], torch.tensor([[30.0]])
+    assert torch.equal(margins.move_to_load(once, load), margins.move_to_load(once * 2, load * 2))
+
+
+def test_an_expert_that_no_token_can_take_stays_and_a_load_out_of_reach_goes_to_the_last_sample() -> None:
+    values = torch.tensor([[float("-inf"), 0.5, -0.5], [float("-inf"), 0.25, float("-inf")]])
+    moves = margins.move_to_load(histogram_of(values)[None], torch.tensor([[2.0]]))[0]
+    assert moves[0] == 0
+    assert -0.25 <= moves[1] <= -0.2
+    assert 0.5 <= moves[2] <= 0.65, "to its only token that is in reach"
+
+
+def test_no_choice_is_left_to_make_where_every_expert_is_chosen() -> None:
+    ranked = torch.rand(50, 4, generator=torch.Generator().manual_seed(0))
+    top, chosen = ranked.topk(4)
+    histogram = histogram_of(margins.of_top(ranked, top, chosen, Threshold.OWN))
+    moves = margins.move_to_load(histogram[None], torch.tensor([[50.0]]))[0]
+    assert moves.isfinite().all()
+    assert int(histogram[:, :SIDE].sum()) == 0
