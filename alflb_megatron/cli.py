@@ -19,6 +19,8 @@ from alflb_megatron.runs.demo import add_arguments as add_demo_flags
 from alflb_megatron.runs.demo import run as run_demo
 from alflb_megatron.runs.job import Job, Plan, resolve, resolve_resumed
 from alflb_megatron.runs.record import saved_settings
+from alflb_megatron.runs.replay import add_arguments as add_replay_flags
+from alflb_megatron.runs.replay import run as run_replay
 from alflb_megatron.settings import SettingError, add_flags, given_flags
 
 
@@ -47,6 +49,11 @@ def parser() -> argparse.ArgumentParser:
     )
     add_demo_flags(demo)
     demo.set_defaults(run=run_demo)
+    replay = commands.add_parser(
+        "replay", help="replay rules over recorded router scores, and compare their balance", allow_abbrev=False
+    )
+    add_replay_flags(replay)
+    replay.set_defaults(run=run_replay)
     return top
 
 

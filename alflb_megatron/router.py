@@ -24,7 +24,7 @@ from torch import Tensor
 
 from alflb_megatron.config import ALFConfig
 from alflb_megatron.loads import LoadWindow
-from alflb_megatron.routing import Gate, group_limited_topk, margins_of_map, select
+from alflb_megatron.routing import Gate, group_limited_topk, margins_of_map, scores_of, select
 from alflb_megatron.rules import State
 from alflb_megatron.settings import SettingError
 
@@ -51,6 +51,8 @@ class ALFRouter(TopKRouter):
 
     expert_bias: Tensor
     alf_n: Tensor
+    score_tap: Callable[[Tensor], None] | None = None
+    """Where set, it is shown the scores of the tokens that are counted, [T, E] before the bias, without gradient."""
 
     def __init__(
         self,
@@ -129,6 +131,9 @@ class ALFRouter(TopKRouter):
         with_margins = counting and self.load_window.wants_margins
         if counting:
             self._warn_if_never_updated()
+            if self.score_tap is not None:
+                scores_TE = scores_of(logits_TE.detach(), self.gate)
+                self.score_tap(scores_TE if valid_T is None else scores_TE[valid_T])
         if self.config.moe_router_fusion:
             probs_TE, map_TE = topk_routing_with_score_function(
                 logits_TE,

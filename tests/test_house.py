@@ -15,7 +15,14 @@ CLOSED: dict[str, set[str]] = {
     "settings.py": {"torch", *HOSTS, "alflb_megatron"},
     "models.py": {"torch", *HOSTS, "alflb_megatron.runs", "alflb_megatron.hosts", "alflb_megatron.router"},
     "config.py": {"torch", *HOSTS, "alflb_megatron.runs", "alflb_megatron.hosts", "alflb_megatron.router"},
-    "routing.py": {*HOSTS, "alflb_megatron"},
+    "margins.py": {*HOSTS, "alflb_megatron"},
+    "routing.py": {
+        *HOSTS,
+        "alflb_megatron.rules",
+        "alflb_megatron.router",
+        "alflb_megatron.hosts",
+        "alflb_megatron.runs",
+    },
     "metrics.py": {*HOSTS, "alflb_megatron"},
     "rules": {
         *HOSTS,

@@ -32,14 +32,20 @@ def test_flags_and_defaults_come_from_the_dataclass() -> None:
 @pytest.mark.parametrize(
     ("words", "text"),
     [
-        (["--alflb-rule", "magic"], "--alflb-rule=magic: must be one of harmonic, proportional, sign, sqrt"),
+        (
+            ["--alflb-rule", "magic"],
+            "--alflb-rule=magic: must be one of adaptive, harmonic, proportional, quantile, rms, sign, smebu, sqrt",
+        ),
         (["--alflb-step-size", "-0.1"], "--alflb-step-size=-0.1: must be at least 0"),
         (["--alflb-step-size", "fast"], "--alflb-step-size=fast: must be of type float"),
         (["--alflb-step-size", "inf"], "--alflb-step-size=inf: must be a finite number, at least 0"),
         (["--alflb-score-unit", "loss"], "--alflb-score-unit=loss: must be one of score, logit"),
         (["--alflb-log-every", "1.5"], "--alflb-log-every=1.5: must be of type int"),
         (["--alflb-rule-options", "x"], "--alflb-rule-options=x: must be name=value, several separated by commas"),
-        (["--alflb-rule-options", "x=1"], "--alflb-rule-options x=1: rule sign has no such knob; it has step_size"),
+        (
+            ["--alflb-rule-options", "x=1"],
+            "--alflb-rule-options x=1: rule sign has no such knob; it has step_size, mean_centred",
+        ),
     ],
 )
 def test_a_wrong_value_names_flag_value_and_what_is_allowed(words: list[str], text: str) -> None:

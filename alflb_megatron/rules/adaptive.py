@@ -19,6 +19,7 @@ Derivation and what was tried besides: docs/rules.md.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -27,19 +28,22 @@ from alflb_megatron.margins import Threshold
 from alflb_megatron.metrics import correlation
 from alflb_megatron.rules import Rule, State, Stats, register
 
-GAIN_RATE = 0.4  # of log g per unit of correlation
-SMALLEST_GAIN = 0.02
-VELOCITY_RATE = 0.1  # of c per unit of correlation
-LARGEST_VELOCITY_WEIGHT = 0.95
-VELOCITY_SHARE = 0.2  # of the last move in the average of moves
-ENERGY_SHARE = 0.1  # of the last mean square violation in its average
 TINY = torch.finfo(torch.float32).tiny
-SHIFT = 4.0  # how many times the average mean square violation is no longer noise
 
 
 @register("adaptive")
 @dataclass(frozen=True)
 class Adaptive(Rule):
+    # Constants of the filter, the same for every gate, size and stream; benchmarks/tried.py shows what others do.
+    GAIN_RATE: ClassVar[float] = 0.4  # of log g per unit of correlation
+    SMALLEST_GAIN: ClassVar[float] = 0.02
+    LARGEST_GAIN: ClassVar[float] = 1.0
+    VELOCITY_RATE: ClassVar[float] = 0.1  # of c per unit of correlation
+    LARGEST_WEIGHT: ClassVar[float] = 0.95  # of the velocity
+    VELOCITY_SHARE: ClassVar[float] = 0.2  # of the last move in the average of moves
+    ENERGY_SHARE: ClassVar[float] = 0.1  # of the last mean square violation in its average
+    SHIFT: ClassVar[float] = 4.0  # how many times the average mean square violation is no longer noise
+
     @property
     def threshold(self) -> Threshold:
         return Threshold.OWN
@@ -60,31 +64,36 @@ class Adaptive(Rule):
         begun_L1 = mean_L1 > 0
 
         drifting_L1 = torch.where(last_L1 > 0, energy_L1 / last_L1.clamp(min=TINY), 1.0).clamp(max=1.0)
-        velocity_LE = state["velocity"] + VELOCITY_SHARE * drifting_L1 * (state["move"] - state["velocity"])
+        velocity_LE = state["velocity"] + self.VELOCITY_SHARE * drifting_L1 * (state["move"] - state["velocity"])
 
-        gain_L1 = state["gain"] * torch.exp(GAIN_RATE * correlation(violation_LE, state["violation"]))
-        gain_L1 = gain_L1.clamp(SMALLEST_GAIN, 1.0)
+        gain_L1 = state["gain"] * torch.exp(self.GAIN_RATE * correlation(violation_LE, state["violation"]))
+        gain_L1 = gain_L1.clamp(self.SMALLEST_GAIN, self.LARGEST_GAIN)
         along_L1 = correlation(violation_LE, velocity_LE)
-        weight_L1 = state["velocity_weight"] + VELOCITY_RATE * drifting_L1 * along_L1
-        weight_L1 = weight_L1.clamp(0.0, LARGEST_VELOCITY_WEIGHT)
+        weight_L1 = state["velocity_weight"] + self.VELOCITY_RATE * drifting_L1 * along_L1
+        weight_L1 = weight_L1.clamp(0.0, self.LARGEST_WEIGHT)
 
-        shift_L1 = (1 - SHIFT * mean_L1 / energy_L1.clamp(min=TINY)).clamp(min=0.0) * begun_L1
+        shift_L1 = (1 - self.SHIFT * mean_L1 / energy_L1.clamp(min=TINY)).clamp(min=0.0) * begun_L1
         gain_L1 = torch.maximum(gain_L1, shift_L1)
         weight_L1 = weight_L1 * (1 - shift_L1)
 
         move_LE = stats.move_to_balance
         experts = move_LE.shape[-1]
-        landing_LE = (move_LE - move_LE.mean(dim=-1, keepdim=True)) * ((experts - 1) / experts)
+        landing_LE = (move_LE - move_LE.mean(dim=-1, keepdim=True)) * self.joint(experts)
         step_LE = gain_L1 * landing_LE + weight_L1 * velocity_LE
-        bounded_L1 = torch.minimum(energy_L1, SHIFT**2 * mean_L1)  # so that one wild batch is not the new normal
+        bounded_L1 = torch.minimum(energy_L1, self.SHIFT**2 * mean_L1)  # so that one wild batch is not the new normal
         return bias + step_LE, {
             "gain": gain_L1,
             "velocity_weight": weight_L1,
-            "energy": torch.where(begun_L1, torch.lerp(mean_L1, bounded_L1, ENERGY_SHARE), energy_L1),
+            "energy": torch.where(begun_L1, torch.lerp(mean_L1, bounded_L1, self.ENERGY_SHARE), energy_L1),
             "violation": violation_LE,
             "move": step_LE,
             "velocity": velocity_LE,
         }
+
+    @staticmethod
+    def joint(experts: int) -> float:
+        """How much of the single moves a joint move of E equally competing experts is."""
+        return (experts - 1) / experts
 
 
 def _mean_square(violation_LE: Tensor) -> Tensor:

@@ -84,6 +84,9 @@ class Job:
     load: str = knob("", "start from this checkpoint folder of another run", metavar="DIR")
     save_every: int = knob(0, "steps between checkpoints; 0 for one at the end", minimum=0)
     save: bool = knob(True, "write checkpoints at all")
+    record_scores: int = knob(
+        0, "write the router scores of the first n global batches of this start, for `alflb replay`", minimum=0
+    )
     json: bool = knob(False, "print the summary as JSON on standard output")
 
     @property
@@ -208,7 +211,7 @@ def resolve_resumed(
     own.pop("rule", None)
     if job.get("rule", before.job.rule) != before.job.rule:
         own = {}
-    this_time: dict[str, Any] = {"json": False, "load": "", "resume": True}
+    this_time: dict[str, Any] = {"json": False, "load": "", "record_scores": 0, "resume": True}
     if {"tp", "ep"} & job.keys():
         this_time["etp"] = 0
     return resolve(
@@ -279,6 +282,12 @@ def _check_parts(job: Job, shape: ModelShape) -> None:
     """Combinations of Megatron's parts that cannot work."""
     if job.router_fusion and shape.gate == "softmax" and job.rule not in UNBALANCED:
         raise SettingError("--router-fusion", True, "the fused router takes a bias with --gate sigmoid only")
+    if job.record_scores and job.rule in UNBALANCED:
+        raise SettingError(
+            "--record-scores",
+            job.record_scores,
+            f"needs a rule of ours, not {job.rule}; to record without balancing give one and --{PREFIX}frozen",
+        )
     if shape.gate == "softmax" and shape.topk == 1 and not shape.pre_softmax:
         raise SettingError("--topk", 1, "needs --pre-softmax with --gate softmax: over one logit it gives 1 always")
     if job.aux_loss_coeff == 0 and job.aux_loss_type != "aux_loss":

@@ -8,6 +8,7 @@ is touched.
 from __future__ import annotations
 
 import io
+import itertools
 import json
 import math
 import os
@@ -189,16 +190,21 @@ def _draw_heat_maps(figure: SubFigure, runs: Mapping[str, _Run]) -> None:
     bar.set_label("validation load\n/ mean of its layer")
 
 
-def comparison_figure(runs: Mapping[str, Path]) -> Figure:
-    """The figure of `plot_comparison`: one axes of lines, one heat map a run, one colour bar."""
+def _figure_class() -> type[Figure]:
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
         raise ImportError("the picture needs matplotlib (pip install matplotlib)") from error
+    return Figure
+
+
+def comparison_figure(runs: Mapping[str, Path]) -> Figure:
+    """The figure of `plot_comparison`: one axes of lines, one heat map a run, one colour bar."""
+    figure_class = _figure_class()
     if not 1 <= len(runs) <= len(COLOURS):
         raise ValueError(f"a picture compares 1 to {len(COLOURS)} runs, not {len(runs)}")
     loaded = {label: load_run(Path(path)) for label, path in runs.items()}
-    figure = Figure(figsize=(WIDTH, HEIGHT), dpi=DPI, layout="constrained")
+    figure = figure_class(figsize=(WIDTH, HEIGHT), dpi=DPI, layout="constrained")
     rows: Any = figure.subfigures(2, 1, height_ratios=(1.65, 1))
     _draw_lines(rows[0].add_subplot(), loaded)
     _draw_heat_maps(rows[1], loaded)
@@ -214,9 +220,11 @@ def plot_comparison(runs: Mapping[str, Path], out: Path) -> Path:
     sampling floor (`sampling_floor`) of the runs' sizes. Bottom: the validation loads of every expert and MoE
     layer, divided by the layer's mean, one heat map a run on a shared scale. The title describes the first run.
     """
-    out = Path(out)
+    return _save(comparison_figure(runs), Path(out))
+
+
+def _save(figure: Figure, out: Path) -> Path:
     out.parent.mkdir(parents=True, exist_ok=True)
-    figure = comparison_figure(runs)
     from PIL import Image  # comes with matplotlib
 
     drawn = io.BytesIO()
@@ -225,3 +233,52 @@ def plot_comparison(runs: Mapping[str, Path], out: Path) -> Path:
         small = image.convert("RGB").quantize(256, Image.Quantize.MAXCOVERAGE, kmeans=1, dither=Image.Dither.NONE)
         small.save(out, format="PNG", optimize=True)
     return out
+
+
+def replay_figure(result: Mapping[str, Any]) -> Figure:
+    """The figure of `plot_replay`: one axes, a line for each rule and the hindsight, and the floor."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+    floor = result["floor"]
+    if not floor > 0:
+        raise ValueError("no picture: with topk = experts there is no choice, and MaxVio is 0")
+    figure = _figure_class()(figsize=(WIDTH, 5.2), dpi=DPI, layout="constrained")
+    axes = figure.add_subplot()
+    steps_S = np.arange(result["steps"])
+    window = max(1, len(steps_S) // 60)  # none in a short replay, where it would hide how fast a rule lands
+    lines = [(label, entry["maxvio"], 2.0) for label, entry in result["rules"].items()]
+    colours = itertools.cycle(COLOURS[1:])  # grey is the yardstick's
+    if result["hindsight"] is not None:
+        lines.append(("hindsight", result["hindsight"]["maxvio"], 1.4))
+    for label, maxvio, width in lines:
+        colour = COLOURS[0] if label == "hindsight" else next(colours)
+        ratio_S = np.asarray(maxvio) / floor
+        if window > 1:
+            axes.plot(steps_S, np.where(ratio_S > 0, ratio_S, np.nan), color=colour, alpha=0.3, linewidth=0.8)
+        smooth_S = smooth(ratio_S, window)
+        marker = "o" if len(steps_S) == 1 else None  # a line of one point is invisible
+        positive_S = np.where(smooth_S > 0, smooth_S, np.nan)
+        axes.plot(steps_S, positive_S, color=colour, linewidth=width, label=label, marker=marker)
+    axes.axhline(1.0, color="black", linestyle=(0, (5, 3)), linewidth=1.2, label="sampling floor (uniform draws)")
+    axes.set_yscale("log")
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.yaxis.set_minor_formatter(NullFormatter())
+    axes.set_xlim(0, max(1, len(steps_S) - 1))
+    axes.set_xlabel("updates made" + f"   (thin: every step; thick: mean of the last {window})" * (window > 1))
+    axes.set_ylabel("MaxVio / sampling floor,\nmean over the layers")
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+    columns = 5 if max(len(label) for label, *_ in lines) < 14 else 4
+    axes.legend(frameon=False, loc="lower left", bbox_to_anchor=(0, 1), ncols=columns, borderpad=0, fontsize=10)
+    figure.suptitle(
+        f"{len(result['layers'])} MoE layers, top-{result['topk']} of {result['experts']} experts, "
+        f"{result['tokens']:,.0f} tokens a step; the floor is a MaxVio of {maxvio_text(floor)}",
+        fontsize=11.5,
+    )
+    return figure
+
+
+def plot_replay(result: Mapping[str, Any], out: Path) -> Path:
+    """Draws what `runs.replay.replay` returned into the PNG file `out`, and returns `out`."""
+    return _save(replay_figure(result), Path(out))

@@ -18,6 +18,8 @@ from alflb_megatron.hosts import cpu
 from alflb_megatron.runs.job import Plan
 from alflb_megatron.runs.progress import Progress
 from alflb_megatron.runs.record import RunFolder, summarise
+from alflb_megatron.runs.recorder import Recorder
+from alflb_megatron.runs.scores import Gating, clear
 from alflb_megatron.settings import SettingError
 
 
@@ -107,6 +109,8 @@ class _Session:
         if self.first:
             try:
                 record = RunFolder(self.folder, resume_step=self.start or None)
+                # Scores of another run, or of steps that are trained anew, must not be taken for this one's.
+                clear(self.folder, after=0 if self.job.record_scores else self.start)
             except SettingError as error:
                 refused = [(error.flag, str(error.value), error.allowed)]
         dist.broadcast_object_list(refused)
@@ -133,9 +137,12 @@ class _Session:
 
     def _train(self, progress: Any) -> Path | None:
         saved: Path | None = None
+        recorder = self._recorder() if self.job.record_scores else None
         for step in range(self.start + 1, self.job.steps + 1):
             began = time.perf_counter()
             figures = self._step(step)
+            if recorder is not None:
+                recorder.write(step)
             record = self._gathered(figures)
             if self.record is not None:
                 seconds = time.perf_counter() - began
@@ -148,6 +155,17 @@ class _Session:
                     self.trainee, self.plan, step, self.folder / "checkpoints", self.training.fingerprint
                 )
         return saved
+
+    def _recorder(self) -> Recorder:
+        shape, balancer = self.plan.shape, self.trainee.balancer
+        return Recorder(
+            self.folder,
+            dict(zip(balancer.layers, balancer.seats, strict=True)),
+            Gating(shape.topk, shape.gate, shape.num_groups, shape.group_topk),
+            rank=dist.get_rank(),
+            ranks=dist.get_world_size(),
+            steps=min(self.job.record_scores, self.job.steps - self.start),
+        )
 
     def _step(self, step: int) -> dict[str, Any]:
         """One global batch: forward, backward, update of weights and biases."""

@@ -154,3 +154,81 @@ def test_the_router_by_itself() -> None:
     assert moved.abs().max() == 0
     assert n == 0
     assert found["sinkhorn"].startswith("--moe-router-load-balancing-type=sinkhorn: chooses experts by itself")
+
+
+def _unsound(rule: str, gate: str, value: float, rank_with_it: int = 1) -> dict[str, Any]:
+    """One rank's router is fed `value` in the third of four global batches."""
+    router = _router({"rule": rule}, moe_router_score_function=gate)
+    balancer, rank = _balancer(router), torch.distributed.get_rank()
+    biases, rejected = [], []
+    for step in range(4):
+        hidden = _hidden(seed=10 * step + rank)
+        if step == 2 and rank == rank_with_it:
+            hidden[5, 1, 0] = value
+        router(hidden)
+        balancer.launch()
+        rejected.append(balancer.commit().rejected.tolist())
+        biases.append(router.expert_bias.tolist())
+    state = {name: row.tolist() for name, row in router.read_state()[1].items()}
+    return {
+        "biases": biases,
+        "rejected": rejected,
+        "n": router.alf_n.tolist(),
+        "state finite": all(torch.tensor(row).isfinite().all() for row in state.values()),
+        "counted": int(balancer.rejections),
+        "left over": int(router.load_window.unsound),
+    }
+
+
+def _unsound_cases(cases: list[tuple[str, str, float]]) -> list[dict[str, Any]]:
+    with ranks.model_parallel():
+        return [_unsound(*case) for case in cases]
+
+
+def test_a_score_that_is_no_number_on_one_rank_moves_no_bias_on_any() -> None:
+    nan, inf = float("nan"), float("inf")
+    # Infinite logits are scores of 0 and 1 to a sigmoid, NaN to a softmax.
+    cases = [
+        ("sign", "sigmoid", nan),
+        ("adaptive", "sigmoid", nan),
+        ("adaptive", "softmax", inf),
+        ("sign", "softmax", -inf),
+    ]
+    by_rank = ranks.run(2, _unsound_cases, cases)
+    assert by_rank[0][0]["biases"] == by_rank[1][0]["biases"]
+    for found in (one for rank in by_rank for one in rank):
+        assert found["rejected"] == [[False], [False], [True], [False]]
+        assert found["biases"][2] == found["biases"][1] != found["biases"][0]
+        assert found["biases"][3] != found["biases"][2], "the next sound batch moves it again"
+        assert found["n"] == [3]
+        assert found["state finite"]
+        assert found["counted"] == 1
+        assert found["left over"] == 0
+
+
+def _grouped() -> tuple[float, float]:
+    with ranks.model_parallel():
+        return _balances_with("adaptive", moe_router_num_groups=4, moe_router_group_topk=2)
+
+
+def _balances_with(rule: str, **config: Any) -> tuple[float, float]:
+    """MaxVio of the first and mean of the last of 30 updates, on fresh skewed tokens each time."""
+    router = _router({"rule": rule}, **config)
+    with torch.no_grad():
+        router.weight[:2] += 0.1
+    balancer, vio = _balancer(router), []
+    for step in range(30):
+        router(
+            _hidden(step).repeat(8, 1, 1)
+            + 0.5 * torch.randn(512, 2, 32, generator=torch.Generator().manual_seed(step))
+            + 0.5
+        )
+        balancer.launch()
+        vio.append(float(balancer.commit().max_vio()))
+    return vio[0], sum(vio[-10:]) / 10
+
+
+def test_adaptive_balances_under_group_limited_routing() -> None:
+    ((before, after),) = ranks.run(1, _grouped)
+    assert before > 0.5
+    assert after < 0.3

@@ -14,7 +14,7 @@ from alflb_megatron.models import PRESETS, ModelShape
 from alflb_megatron.runs.job import Plan, resolve, resolve_resumed
 from alflb_megatron.settings import SettingError
 
-RULES = "none, builtin, harmonic, proportional, sign, sqrt"
+RULES = "none, builtin, adaptive, harmonic, proportional, quantile, rms, sign, smebu, sqrt"
 
 REFUSED = [
     ("--rule magic", f"alflb: --rule=magic: must be one of {RULES}"),
@@ -23,7 +23,10 @@ REFUSED = [
     ("--alflb-step-size quick", "alflb: --alflb-step-size=quick: must be of type float"),
     ("--rule none --alflb-step-size 0.1", "alflb: --alflb-step-size=0.1: has no meaning with --rule none"),
     ("--rule builtin --no-alflb-centring", "alflb: --alflb-centring=False: has no meaning with --rule builtin"),
-    ("--alflb-rule-options a=1", "alflb: --alflb-rule-options a=1: rule sign has no such knob; it has step_size"),
+    (
+        "--alflb-rule-options a=1",
+        "alflb: --alflb-rule-options a=1: rule sign has no such knob; it has step_size, mean_centred",
+    ),
     (
         "--rule builtin --gate softmax",
         "alflb: --rule=builtin: Megatron-Core's own expert bias needs --gate sigmoid, not softmax",

@@ -1,0 +1,71 @@
+"""Writes the scores of a training run, as `runs/scores.py` reads them: one file a step and rank."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save
+from torch import Tensor
+
+from alflb_megatron.runs.scores import FILE, FOLDER, FORMAT, Gating
+
+
+class Recorder:
+    """Takes the scores of each global batch from the routers of one rank and writes them, one file a step.
+
+    Args:
+        folder: the run folder.
+        routers: layer number -> `ALFRouter`; a pipeline stage may have none, and then writes files without layers.
+        gating: how they choose.
+        rank, ranks: this rank and how many there are.
+        steps: how many global batches to write.
+
+    A step's scores are held in memory (on the CPU) until `write`; after the last one the taps are off.
+    """
+
+    def __init__(
+        self,
+        folder: str | os.PathLike[str],
+        routers: Mapping[int, Any],
+        gating: Gating,
+        rank: int = 0,
+        ranks: int = 1,
+        steps: int = 1,
+    ) -> None:
+        self.folder = Path(folder) / FOLDER
+        self.gating, self.rank, self.ranks, self.left = gating, rank, ranks, steps
+        self.routers = dict(routers)
+        self._seen: dict[int, list[Tensor]] = {layer: [] for layer in self.routers}
+        for layer, router in self.routers.items():
+            router.score_tap = self._tap(layer)
+
+    def _tap(self, layer: int) -> Callable[[Tensor], None]:
+        def tap(scores_TE: Tensor) -> None:
+            self._seen[layer].append(scores_TE.to("cpu", torch.float32, copy=True))
+
+        return tap
+
+    def write(self, step: int) -> None:
+        """Writes what the taps saw since the last call as step `step`, all of it or nothing; none once `steps` are."""
+        if self.left == 0:
+            return
+        self.folder.mkdir(parents=True, exist_ok=True)
+        path = self.folder / FILE.format(step=step, rank=self.rank)
+        part = path.with_name(f".{path.name}.part")
+        about = {"format": FORMAT, "step": str(step), "ranks": str(self.ranks), **self.gating.as_metadata()}
+        tensors = {f"layer_{layer}": torch.cat(parts) for layer, parts in self._seen.items() if parts}
+        with part.open("wb") as file:
+            file.write(save(tensors, metadata=about))
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, path)
+        for parts in self._seen.values():
+            parts.clear()
+        self.left -= 1
+        if self.left == 0:
+            for router in self.routers.values():
+                router.score_tap = None

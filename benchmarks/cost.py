@@ -1,0 +1,214 @@
+"""What a rule costs: forward and backward of the routers and one update, against Megatron-Core's own TopKRouter.
+
+LAYERS routers of the same shapes are built of each kind in one process with the same weights: Megatron-Core's with its
+own expert bias (with the softmax gate, where it refuses a bias, its plain router, which has no update to do at all) and
+ours with each rule; on megatron-core 0.19 also its quantile balancing, on logits as it has it. One round runs every
+kind once on the same input: forward and backward of all its routers, then its update of all of them. Rounds are
+interleaved, each ratio is taken inside a round, and the median over the rounds is reported. One micro-batch a global
+batch, which is the dearest: with several the update is shared between them. Repeat with
+
+    python -m benchmarks.cost            (about five minutes on one thread; --quick for a look)
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import gc
+import itertools
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+LAYERS = 4
+HIDDEN = 1024
+TOPK = {16: 2, 64: 6, 256: 8}
+OURS = ("sign", "sqrt", "quantile", "adaptive")
+COUNTS_ALONE = 1.0
+"""Ratio to reach for rules that need counts alone."""
+WITH_MARGINS = 1.15
+"""Ratio to reach for rules that need margins."""
+
+
+class Kind:
+    """LAYERS routers of one kind and the update that moves their biases."""
+
+    def __init__(self, routers: Iterable[Any], update: Callable[[], Any]) -> None:
+        self.routers, self.update = list(routers), update
+
+    def round(self, hidden: torch.Tensor, upstream_TE: torch.Tensor) -> tuple[float, float]:
+        """Seconds of forward and backward through all routers, and of the update."""
+        began = time.perf_counter()
+        for router in self.routers:
+            probs, _ = router(hidden)
+            probs.backward(upstream_TE)
+        _synchronise()
+        between = time.perf_counter()
+        self.update()
+        _synchronise()
+        return between - began, time.perf_counter() - between
+
+
+def _number(routers: Iterable[Any]) -> None:
+    for layer, router in enumerate(routers, start=1):
+        router.set_layer_number(layer)
+
+
+def _synchronise() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def _kinds(config: Any, gate: str) -> dict[str, Kind]:
+    """The kinds to compare, `megatron` first; all with the same weights."""
+    import megatron.core.distributed  # noqa: F401  (loads the module below, whose name there is a function)
+    from megatron.core.transformer.moe.moe_utils import get_default_pg_collection
+    from megatron.core.transformer.moe.router import TopKRouter
+
+    from alflb_megatron.balancer import Balancer
+    from alflb_megatron.config import ALFConfig
+    from alflb_megatron.hosts.core import RouterBuilder
+
+    finalize = sys.modules["megatron.core.distributed.finalize_model_grads"]
+    groups = get_default_pg_collection()
+    kinds: dict[str, Kind] = {}
+
+    def theirs(**changes: Any) -> tuple[torch.nn.ModuleList, Any]:
+        changed = dataclasses.replace(config, **changes)
+        model = torch.nn.ModuleList([TopKRouter(config=changed, pg_collection=groups) for _ in range(LAYERS)])
+        _number(model)
+        return model, changed
+
+    model, changed = theirs(moe_router_enable_expert_bias=gate == "sigmoid")
+
+    def update(model: Any = model, changed: Any = changed) -> None:
+        if gate == "sigmoid":
+            finalize._update_router_expert_bias([model], changed)
+        finalize.reset_model_temporary_tensors(changed, [model])
+
+    kinds["megatron"] = Kind(model, update)
+    if hasattr(finalize, "_update_router_qb_beta"):
+        model, changed = theirs(moe_router_load_balancing_type="quantile_balancing", moe_aux_loss_coeff=0.0)
+
+        def update_qb(model: Any = model, changed: Any = changed) -> None:
+            finalize._update_router_qb_beta([model], changed)
+            finalize.reset_model_temporary_tensors(changed, [model])
+
+        kinds["megatron quantile_balancing"] = Kind(model, update_qb)
+    for rule in OURS:
+        builder = RouterBuilder(ALFConfig(rule=rule))
+        routers = [builder(config=config, pg_collection=groups) for _ in range(LAYERS)]
+        _number(routers)
+        balancer = Balancer(routers, range(1, LAYERS + 1), routers[0].tp_dp_cp_group)
+
+        def commit(balancer: Balancer = balancer) -> None:
+            balancer.launch()
+            balancer.commit()
+
+        kinds[rule] = Kind(routers, commit)
+    for kind in kinds.values():
+        for router, source in zip(kind.routers, kinds["megatron"].routers, strict=True):
+            router.weight.data.copy_(source.weight.data)
+    return kinds
+
+
+def measure(experts: int, tokens: int, gate: str, rounds: int) -> dict[str, Any]:
+    """Median seconds and ratios of every kind for one shape."""
+    from alflb_megatron.runs import build
+    from alflb_megatron.runs.job import resolve
+
+    plan = resolve({"rule": "none", "nproc": 1, "ep": 1}, {"num_experts": experts, "topk": TOPK[experts]}, {})
+    config = dataclasses.replace(
+        build.transformer_config(plan), hidden_size=HIDDEN, moe_router_score_function=gate, moe_router_dtype="fp32"
+    )
+    kinds = _kinds(config, gate)
+    device = next(kinds["megatron"].routers[0].parameters()).device
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(tokens // 8, 8, HIDDEN, generator=generator).to(device)
+    upstream_TE = torch.randn(tokens, experts, generator=generator).to(device)
+    samples: dict[str, list[tuple[float, float]]] = {name: [] for name in kinds}
+    names = list(kinds)
+    for number in range(rounds + 2):
+        for name in names[number % len(names) :] + names[: number % len(names)]:  # no kind always runs after another
+            sample = kinds[name].round(hidden, upstream_TE)
+            if number >= 2:
+                samples[name].append(sample)
+    base = [sum(pair) for pair in samples["megatron"]]
+    rows = {}
+    for name, pairs in samples.items():
+        rows[name] = {
+            "forward_backward_ms": 1e3 * statistics.median(pair[0] for pair in pairs) / LAYERS,
+            "update_ms": 1e3 * statistics.median(pair[1] for pair in pairs) / LAYERS,
+            "ratio": statistics.median(sum(pair) / of for pair, of in zip(pairs, base, strict=True)),
+        }
+    return {"experts": experts, "topk": TOPK[experts], "tokens": tokens, "gate": gate, "rounds": rounds, "kinds": rows}
+
+
+def table(results: dict[str, Any]) -> str:
+    """Ratios, one row a shape."""
+    kinds = [kind for kind in results["rows"][0]["kinds"] if kind != "megatron"]
+    lines = [
+        "| gate | E | K | T | megatron, ms | " + " | ".join(kinds) + " |",
+        "|---|---|---|---|---|" + "---|" * len(kinds),
+    ]
+    for row in results["rows"]:
+        own = row["kinds"]["megatron"]
+        cells = [f"{row['kinds'][kind]['ratio']:.2f}" for kind in kinds]
+        milliseconds = own["forward_backward_ms"] + own["update_ms"]
+        lines.append(
+            f"| {row['gate']} | {row['experts']} | {row['topk']} | {row['tokens']} | {milliseconds:.1f} | "
+            + " | ".join(cells)
+            + " |"
+        )
+    return "\n".join(lines)
+
+
+def run(quick: bool, rounds: int) -> dict[str, Any]:
+    from alflb_megatron.hosts import cpu
+
+    cpu.prepare()
+    from megatron.core import parallel_state
+
+    from alflb_megatron.runs import build, launch
+    from benchmarks import machine
+
+    torch.set_num_threads(1)
+    launch.as_single_rank()
+    cuda = torch.cuda.is_available()
+    torch.distributed.init_process_group("nccl" if cuda else "gloo")
+    parallel_state.initialize_model_parallel()
+    build.seed_ranks(0)
+    shapes = list(itertools.product(("sigmoid", "softmax"), TOPK, (4096, 16384)))
+    if quick:
+        shapes = [shape for shape in shapes if shape[2] == 4096]
+    rows = []
+    for gate, experts, tokens in shapes:
+        rows.append(measure(experts, tokens, gate, rounds))
+        gc.collect()
+        print(table({"rows": rows}).splitlines()[-1], file=sys.stderr, flush=True)
+    torch.distributed.destroy_process_group()
+    return {"machine": machine.describe(), "layers": LAYERS, "hidden": HIDDEN, "rows": rows}
+
+
+def main() -> None:
+    from alflb_megatron.runs.record import write_json
+    from benchmarks import machine
+
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="the smaller batch alone")
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--out", type=Path, help="default: benchmarks/results/cost[-VERSION].json")
+    arguments = parser.parse_args()
+    results = run(arguments.quick, arguments.rounds)
+    out = arguments.out or machine.RESULTS / machine.versioned("cost")
+    write_json(out, results)
+    print(table(results))
+
+
+if __name__ == "__main__":
+    main()

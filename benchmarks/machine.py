@@ -1,0 +1,51 @@
+"""What a benchmark ran on, for its results: versions, processor, threads, command line."""
+
+from __future__ import annotations
+
+import platform
+import shlex
+import sys
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+RESULTS = Path(__file__).parent / "results"
+
+OLDEST = "0.16.1"
+"""The megatron-core whose results carry no version in their file's name."""
+
+
+def installed(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def versioned(name: str) -> str:
+    """File name of a benchmark's results under the installed megatron-core."""
+    core = installed("megatron-core")
+    return f"{name}.json" if core == OLDEST else f"{name}-mcore-{core}.json"
+
+
+def describe() -> dict[str, Any]:
+    """Versions and processor; the command without the folder of the interpreter."""
+    return {
+        "torch": torch.__version__,
+        "megatron-core": installed("megatron-core"),
+        "transformer-engine": installed("transformer-engine"),
+        "python": platform.python_version(),
+        "processor": torch.cuda.get_device_name() if torch.cuda.is_available() else _processor(),
+        "threads": torch.get_num_threads(),
+        "command": shlex.join(["python", "-m", f"benchmarks.{Path(sys.argv[0]).stem}", *sys.argv[1:]]),
+    }
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()

@@ -1,0 +1,106 @@
+"""Score streams to replay rules on: simulated ones, and ones recorded from real trainings.
+
+A simulated stream is a router at work without the model around it. Tokens lie around 200 cluster centres, the gate's
+logits are their products with E router weights (of unit variance at temperature 1), and the weights drift from step to
+step as a random walk or, as under an optimizer with momentum, along a direction that itself changes slowly. Everything
+follows from the seed.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from alflb_megatron.runs.scores import Gating, Recording
+
+CLUSTERS = 200
+SPREAD = 0.5  # of tokens around their centre, whose coordinates have deviation 1
+
+
+@dataclass(frozen=True)
+class Stream:
+    """A simulated stream.
+
+    experts, topk, tokens: E, K, T a step. gate: sigmoid or softmax. steps: how many.
+    drift: length of the router weights' move in one step, relative to their own.
+    momentum: correlation of a move with the one before it; 0 is a random walk.
+    annealed: the drift falls to nothing along a half cosine, as with a learning rate.
+    skew: deviation of a constant in each expert's logit: a taste that all tokens share.
+    shift: step at which all cluster centres are drawn anew; 0 for never.
+    kind: what it is counted as in the targets: slow (stationary included) or fast.
+    """
+
+    name: str
+    experts: int = 64
+    topk: int = 6
+    tokens: int = 8192
+    gate: str = "sigmoid"
+    steps: int = 200
+    drift: float = 0.0
+    momentum: float = 0.0
+    annealed: bool = False
+    skew: float = 0.0
+    shift: int = 0
+    hidden: int = 32
+    kind: str = "slow"
+
+    def scores(self, seed: int) -> Iterator[Tensor]:
+        """The gate's scores, float32 [1, T, E] a step."""
+        generator = torch.Generator().manual_seed(seed)
+
+        def normal(*size: int) -> Tensor:
+            return torch.randn(*size, generator=generator)
+
+        centres_CH = normal(CLUSTERS, self.hidden)
+        weights_EH = normal(self.experts, self.hidden) / math.sqrt(self.hidden * (1 + SPREAD**2))
+        direction_EH = normal(self.experts, self.hidden) / math.sqrt(self.hidden * (1 + SPREAD**2))
+        taste_E = self.skew * normal(self.experts)
+        for step in range(self.steps):
+            if self.shift and step == self.shift:
+                centres_CH = normal(CLUSTERS, self.hidden)
+            cluster_T = torch.randint(CLUSTERS, (self.tokens,), generator=generator)
+            tokens_TH = centres_CH[cluster_T] + SPREAD * normal(self.tokens, self.hidden)
+            logits_TE = torch.addmm(taste_E, tokens_TH, weights_EH.t())
+            yield (logits_TE.sigmoid() if self.gate == "sigmoid" else logits_TE.softmax(dim=-1))[None]
+            rate = self.drift * (0.5 * (1 + math.cos(math.pi * step / self.steps)) if self.annealed else 1.0)
+            fresh_EH = normal(self.experts, self.hidden) / math.sqrt(self.hidden * (1 + SPREAD**2))
+            direction_EH = self.momentum * direction_EH + math.sqrt(1 - self.momentum**2) * fresh_EH
+            weights_EH = (weights_EH + rate * direction_EH) / math.sqrt(1 + rate**2)
+
+    def recording(self, seed: int) -> Recording:
+        return Recording(
+            layers=(0,),
+            experts=self.experts,
+            steps=self.steps,
+            read=lambda: self.scores(seed),
+            gating=Gating(self.topk, self.gate),
+            name=self.name,
+        )
+
+
+SIMULATED = (
+    Stream("stationary"),
+    Stream("slow drift", drift=0.003),
+    Stream("annealed drift", drift=0.03, annealed=True),
+    Stream("fast drift, random walk", drift=0.05, kind="fast"),
+    Stream("fast drift, with momentum", drift=0.06, momentum=0.95, kind="fast"),
+    Stream("sudden shift of the data", experts=16, topk=2, drift=0.003, shift=100),
+    Stream("hard skew", drift=0.003, skew=3.0),
+    Stream("softmax", gate="softmax", drift=0.003),
+    Stream("softmax, hard skew", gate="softmax", drift=0.003, skew=2.0),
+    Stream("softmax, E=256", experts=256, topk=8, tokens=4096, gate="softmax", drift=0.003),
+    Stream("E=1024", experts=1024, topk=8, drift=0.003, steps=80),
+    Stream("softmax, E=1024, skew", experts=1024, topk=8, gate="softmax", drift=0.003, skew=1.0, steps=80),
+    Stream("tiny batch, T K / E = 20", tokens=213, drift=0.003),
+    Stream("huge batch, T K / E = 200,000", experts=16, topk=2, tokens=1_600_000, drift=0.001, steps=30, hidden=8),
+    Stream("one of eight, K=1", experts=8, topk=1, drift=0.003),
+)
+BEYOND = (
+    Stream("softmax, E=1024, extreme skew", experts=1024, topk=8, gate="softmax", drift=0.003, skew=2.0, steps=80),
+    Stream("very fast drift, random walk", drift=0.1, kind="fast"),
+)
+"""Outside the targets: where the rules end."""
