@@ -10,8 +10,8 @@ What k must beat is, by `Threshold`:
     next  the (K+1)-th largest for every expert, as Megatron-Core's and torchtitan's quantile balancing have it
 
 A histogram has the same BINS bins for every gate and expert: the exponent and the first bits of the mantissa of |m| as
-float32 holds it, times the sign. Bins are finest at the boundary, a seventh to a quarter wide elsewhere, and need no range:
-what lies beyond 2^8 falls in the outermost bins, minus infinity (a masked expert) included, and is never lost.
+float32 holds it, times the sign. Bins are finest at the boundary, a seventh to a quarter wide elsewhere, and need no
+range: what lies beyond 2^8 falls in the outermost bins, minus infinity (a masked expert) included, and is never lost.
 Shapes: T tokens, E experts, K experts a token, L layers, B = BINS.
 """
 
