@@ -26,7 +26,7 @@ def _rule_names() -> list[str]:
 class ALFConfig:
     """How the expert bias is moved. Raises `SettingError` (a `ValueError`) on a value that cannot work."""
 
-    rule: str = knob("sign", "how the bias moves; one of the registered rules", choices=_rule_names)
+    rule: str = knob("adaptive", "how the bias moves; one of the registered rules", choices=_rule_names)
     step_size: float | None = knob(
         None, "u of the rule, in score units; none takes the rule's own default", minimum=0.0
     )

@@ -44,7 +44,7 @@ def test_flags_and_defaults_come_from_the_dataclass() -> None:
         (["--alflb-rule-options", "x"], "--alflb-rule-options=x: must be name=value, several separated by commas"),
         (
             ["--alflb-rule-options", "x=1"],
-            "--alflb-rule-options x=1: rule sign has no such knob; it has step_size, mean_centred",
+            "--alflb-rule-options x=1: rule adaptive has no such knob; it has none",
         ),
     ],
 )
@@ -59,7 +59,7 @@ def test_types_are_held() -> None:
         ALFConfig(frozen="yes")  # type: ignore[arg-type]
     with pytest.raises(SettingError, match="--alflb-log-every"):
         ALFConfig(log_every=True)
-    assert ALFConfig(step_size=1).rule_knobs.step_size == 1.0  # type: ignore[attr-defined]
+    assert ALFConfig(rule="sign", step_size=1).rule_knobs.step_size == 1.0  # type: ignore[attr-defined]
 
 
 def test_rule_options_are_read_as_values() -> None:

@@ -26,7 +26,7 @@ from alflb_megatron.runs.job import resolve
 from alflb_megatron.runs.record import is_run, maxvio_text, write_json
 from alflb_megatron.settings import SettingError
 
-OURS = "sqrt"
+OURS = "adaptive"
 RULES = ("none", "builtin", OURS)
 LABELS = {"none": "none", "builtin": "builtin (Megatron-Core's own)"}
 

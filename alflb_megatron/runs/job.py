@@ -33,7 +33,7 @@ class Job:
     """How a model is trained: data, schedule, split over ranks, what is written."""
 
     preset: str = knob("tiny", "model and schedule to start from", choices=tuple(PRESETS))
-    rule: str = knob("sign", "none, builtin (Megatron-Core's own expert bias) or one of our rules", choices=_rules)
+    rule: str = knob("adaptive", "none, builtin (Megatron-Core's own expert bias) or one of our rules", choices=_rules)
     steps: int = knob(300, "global batches to train on in all", minimum=1)
     global_batch_size: int = knob(16, "sequences in a global batch", minimum=1)
     micro_batch_size: int = knob(8, "sequences in one forward pass of one rank", minimum=1)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import time
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -61,6 +61,16 @@ def topk_of(gating: Gating) -> int:
     """K, which a replay has settled before it begins."""
     assert gating.topk is not None
     return gating.topk
+
+
+class Contestant(Protocol):
+    """What a replay plays: it routes a step as it would have been routed then, and only afterwards learns from it."""
+
+    seconds: list[float]  # one layer's share of each update
+
+    def step(self, scores_LTE: Tensor) -> tuple[Tensor, list[float]]:
+        """Loads int64 [L, E] and the sum of the chosen scores of each layer."""
+        ...
 
 
 class Player:

@@ -41,7 +41,7 @@ from numpy.typing import NDArray
 from alflb_megatron import metrics, rules
 from alflb_megatron.config import parse_options
 from alflb_megatron.rules import Rule
-from alflb_megatron.runs.players import Hindsight, Player, choose, topk_of
+from alflb_megatron.runs.players import Contestant, Hindsight, Player, choose, topk_of
 from alflb_megatron.runs.record import maxvio_text, write_json
 from alflb_megatron.runs.scores import FLAG, Gating, Recording, open_scores
 from alflb_megatron.settings import SettingError, add_flags, check, given_flags, knob
@@ -89,13 +89,15 @@ def resolve_gating(recording: Recording, topk: int | None) -> Gating:
 
 def replay(
     recording: Recording,
-    players: Mapping[str, Rule] | None = None,
+    players: Mapping[str, Rule | Contestant] | None = None,
     topk: int | None = None,
     centring: bool = True,
     hindsight: bool = True,
     progress: Callable[[int], None] | None = None,
 ) -> dict[str, Any]:
     """Replays rules (label -> rule; by default `DEFAULT_RULES`) side by side; the figures in the module's docstring.
+
+    A player may also be any other `Contestant`, another framework's router say.
 
     The recording is read once. `topk` goes over the recording's own; `centring` is `ALFConfig.centring`. `progress` is
     called with the number of steps done after each. Raises SettingError for a recording that cannot be replayed.
@@ -104,8 +106,9 @@ def replay(
     if players is None:
         players = {name: rules.make(name) for name in DEFAULT_RULES}
     layers, experts, steps = len(recording.layers), recording.experts, recording.steps
-    going: dict[str, Player | Hindsight] = {
-        label: Player(rule, layers, experts, gating, centring) for label, rule in players.items()
+    going: dict[str, Contestant | Hindsight] = {
+        label: Player(player, layers, experts, gating, centring) if isinstance(player, Rule) else player
+        for label, player in players.items()
     }
     if hindsight:
         going[""] = Hindsight(layers, experts, gating)
@@ -129,7 +132,7 @@ def replay(
     found = {label: _figures(recording.layers, vio[label], kept[label], most_SL, floor) for label in going}
     by_rule: dict[str, Any] = {}
     for label, player in going.items():
-        if isinstance(player, Player):
+        if not isinstance(player, Hindsight):
             by_rule[label] = {**found[label], "update_ms": 1e3 * statistics.median(player.seconds)}
     result: dict[str, Any] = {
         "floor": floor,

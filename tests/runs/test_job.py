@@ -25,7 +25,7 @@ REFUSED = [
     ("--rule builtin --no-alflb-centring", "alflb: --alflb-centring=False: has no meaning with --rule builtin"),
     (
         "--alflb-rule-options a=1",
-        "alflb: --alflb-rule-options a=1: rule sign has no such knob; it has step_size, mean_centred",
+        "alflb: --alflb-rule-options a=1: rule adaptive has no such knob; it has none",
     ),
     (
         "--rule builtin --gate softmax",
