@@ -3,7 +3,7 @@
 #   make test         every test
 #   make test-latest  the tests of the core and of parity on Python 3.12 and megatron-core 0.19.2
 #   make check        style and types
-#   make docs         the reference pages that are generated from the code
+#   make docs         the pages that are generated from the code and from the results of the benchmarks
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 PYTHON_LATEST ?= python3.12
@@ -25,9 +25,11 @@ check: $(VENV)/ready
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
+	$(VENV)/bin/mypy benchmarks
 
 docs: $(VENV)/ready
 	$(VENV)/bin/python docs/generate.py
+	$(VENV)/bin/python -m benchmarks.report
 
 test-latest: $(LATEST)/ready
 	$(LATEST)/bin/python -m pytest tests/test_routing.py tests/rules tests/hosts tests/distributed $(ARGS)

@@ -1,0 +1,188 @@
+"""Writes `docs/benchmarks.md` and its pictures, and the table in `docs/rules.md`, from `benchmarks/results/*.json`.
+
+Nothing is measured here and no figure is typed: `python -m benchmarks.report`, or `make docs`.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from benchmarks import all_reduce, balance, cost, in_training, scale, tried, upstream_quantile
+from benchmarks.machine import RESULTS
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+DOCS = Path(__file__).parents[1] / "docs"
+DRAWN = ("hard skew", "fast drift, with momentum", "recorded: sigmoid")
+RULES = ("sign", "sqrt", "quantile", "adaptive")
+
+
+def results(name: str) -> dict[str, Any] | None:
+    path = RESULTS / f"{name}.json"
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+
+
+def made(found: dict[str, Any]) -> str:
+    """What the figures were measured on, and by which command."""
+    on = found["machine"]
+    return (
+        f"Made by `{on['command']}`: torch {on['torch']}, megatron-core {on['megatron-core']}, Python {on['python']}, "
+        f"{on['processor']}, {on['threads']} thread{'s' * (on['threads'] > 1)}."
+    )
+
+
+def section(name: str, table: Callable[[dict[str, Any]], str] | None = None) -> str:
+    """A benchmark's table and how it was made, or that it is not measured."""
+    found = results(name)
+    if found is None:
+        return f"Not measured (`benchmarks/results/{name}.json` is not there)."
+    return f"{table(found) if table else ''}\n\n{made(found)}"
+
+
+def missed(found: dict[str, Any]) -> str:
+    """Each target of the balance benchmark, held or missed where."""
+    targets = {
+        "lowest of all rules": f"`adaptive` has the lowest mean (within {balance.TIE - 1:.0%}) on every stream",
+        "at the floor": f"mean at most {balance.SLOW} on slow, {balance.FAST} on fast simulated streams",
+        "cold start": f"at most {balance.COLD_START} steps from a cold start to twice the floor",
+        "affinity": "affinity kept no lower than `quantile`'s",
+    }
+    lines = []
+    for key, text in targets.items():
+        where = found["verdicts"]["missed"][key]
+        holds = "holds on all" if not where else f"misses on {len(where)} of"
+        names = "" if not where else ": " + "; ".join(where)
+        lines.append(f"- {text}: {holds} {found['verdicts']['streams']} streams{names}.")
+    return "\n".join(lines)
+
+
+def balance_figure(found: dict[str, Any]) -> Figure:
+    """MaxVio over the sampling floor, step by step, for a few streams and rules."""
+    from matplotlib.figure import Figure
+
+    from alflb_megatron.runs.plots import COLOURS, DPI
+
+    rows = [row for row in found["rows"] if row["stream"] in DRAWN]
+    drawn = Figure(figsize=(4.2 * len(rows), 3.6), dpi=DPI, layout="constrained")
+    for panel, row in enumerate(rows, 1):
+        axes = drawn.add_subplot(1, len(rows), panel)
+        for rule, colour in zip(RULES, (COLOURS[0], COLOURS[4], COLOURS[2], COLOURS[1]), strict=True):
+            ratio = [value / row["floor"] or math.nan for value in row["rules"][rule]["maxvio"]]
+            axes.plot(ratio, color=colour, label=rule, lw=1.4)
+        axes.axhline(1.0, color="black", linestyle=":", linewidth=1.2, label="sampling floor")
+        axes.set_yscale("log")
+        axes.set_title(f"{row['stream']} (top-{row['topk']} of {row['experts']})", fontsize=10)
+        axes.set_xlabel(f"update ({row['tokens']:,.0f} tokens)")
+        axes.grid(alpha=0.25)
+        axes.spines[["top", "right"]].set_visible(False)
+        if panel == 1:
+            axes.set_ylabel("MaxVio / sampling floor")
+            axes.legend(frameon=False, fontsize=9)
+    return drawn
+
+
+def page() -> str:
+    at_once = results("balance")
+    held_out = [path.stem for path in sorted(RESULTS.glob("balance-seed*.json"))]
+    others = "\n\n".join(
+        f"**Another seed** than any used while the rules were made:\n\n{balance.table(found)}\n\n{missed(found)}\n\n"
+        f"{made(found)}"
+        for found in map(results, held_out)
+        if found
+    )
+    first = "Not measured."
+    if at_once:
+        first = (
+            f"{balance.table(at_once)}\n\n{missed(at_once)}\n\n{made(at_once)}\n\nScores kept, relative to unbiased "
+            "routing, from step 10 on; in the last column the best bias in hindsight (made from the very batch) and "
+            f"its MaxVio over the floor:\n\n{balance.affinity_table(at_once)}"
+        )
+    return f"""# Benchmarks
+
+Written by `make docs` from `benchmarks/results/`; do not edit. Each table names the command that measured it.
+
+MaxVio = (largest load - mean load) / mean load. The *sampling floor* is its expected value when every token draws K
+distinct experts uniformly at the same T, K, E: a bias that is set before the batch is seen cannot stay below it on
+average.
+
+## Balance
+
+All rules with their published defaults on the same score streams, nothing tuned to a stream; step n is routed with the
+bias made from the steps before n. Cells: mean MaxVio over the floor from step 10 on / steps from a cold start until
+twice the floor (`-`: never). The lowest mean of a row, and what is within {balance.TIE - 1:.0%} of it, is bold. What
+the streams are: [`benchmarks/streams.py`](../benchmarks/streams.py); the last two simulated ones lie outside the
+targets, to show where the rules end. In a recorded stream, the early steps of a small model at its full learning rate,
+scores change so much from one step to the next that no rule comes near the floor.
+
+![MaxVio over the sampling floor on three streams](balance.png)
+
+{first}
+
+{others}
+
+### Against Megatron-Core's quantile balancing
+
+Its own router and update as they are (megatron-core 0.19), on the recorded streams, beside ours. Mean from step 10 on
+and mean of the last quarter, over the floor.
+
+{section("upstream_quantile", upstream_quantile.table)}
+
+## In training
+
+![MaxVio over training steps](in_training.png)
+
+{section("in_training", in_training.table)}
+
+Few steps of small models rank balance, not quality.
+
+## Cost
+
+Router forward and backward plus one update, as a ratio to Megatron-Core's `TopKRouter` with its own expert bias (with
+the softmax gate: without, as it refuses one there, so with no counting and no update at all). Hidden size
+{cost.HIDDEN}, {cost.LAYERS} layers, one micro-batch a global batch. To reach: {cost.COUNTS_ALONE} for rules that need
+loads alone, {cost.WITH_MARGINS} for those that need margins.
+
+{section("cost", cost.table)}
+
+On megatron-core 0.19.2, with its own quantile balancing:
+
+{section("cost-mcore-0.19.2", cost.table)}
+
+On a GPU: not measured. Transformer Engine's fused router and a Triton kernel: not measured.
+
+### The all-reduce
+
+{section("all_reduce", all_reduce.table)}
+
+## Scale
+
+{section("scale", scale.table)}
+"""
+
+
+def rules_page() -> str:
+    """`docs/rules.md` with the table of what was tried between its markers."""
+    text = (DOCS / "rules.md").read_text(encoding="utf-8")
+    between = section("tried", tried.table)
+    return re.sub(
+        r"<!-- tried -->.*<!-- /tried -->", lambda _: f"<!-- tried -->\n{between}\n<!-- /tried -->", text, flags=re.S
+    )
+
+
+def main() -> None:
+    (DOCS / "benchmarks.md").write_text(page(), encoding="utf-8")
+    (DOCS / "rules.md").write_text(rules_page(), encoding="utf-8")
+    if found := results("balance"):
+        balance_figure(found).savefig(DOCS / "balance.png")
+    if found := results("in_training"):
+        in_training.figure(found).savefig(DOCS / "in_training.png")
+
+
+if __name__ == "__main__":
+    main()
