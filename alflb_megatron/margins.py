@@ -61,7 +61,7 @@ def of_top(ranked_TE: Tensor, top_TJ: Tensor, experts_TK: Tensor, threshold: Thr
     topk = experts_TK.shape[1]
     last_T1, next_T1 = top_TJ[:, topk - 1 : topk], top_TJ[:, -1:]
     # a - b with a <= b gives +0 at a tie; minus (b - a) gives -0, which is the side of those not chosen
-    margins_TE = (last_T1 if threshold is Threshold.OWN else next_T1).float().sub(ranked_TE).neg_()
+    margins_TE = ((last_T1 if threshold is Threshold.OWN else next_T1) - ranked_TE).float().neg_()
     return margins_TE.scatter_(1, experts_TK, (top_TJ[:, :topk] - next_T1).float())
 
 

@@ -25,8 +25,8 @@ Written by `make docs` from the dataclasses; do not edit.
 
 ## How the expert bias moves: `ALFConfig`
 
-In Python `ALFConfig()` or `ALFConfig(rule="sign", step_size=1e-3)`, `alflb_megatron.enable(rule="sign", ...)`; on the command line
-of `alflb train` the flags below (`--rule` there takes the place of `--alflb-rule`).
+In Python `ALFConfig()` or `ALFConfig(rule="sign", step_size=1e-3)`, `alflb_megatron.enable(rule="sign", ...)`; on the
+command line of `alflb train` the flags below (`--rule` there takes the place of `--alflb-rule`).
 
 {markdown_table(ALFConfig, PREFIX)}
 

@@ -64,6 +64,17 @@ def test_margins_are_the_distance_from_what_an_expert_must_beat(threshold: Thres
     assert torch.equal(found, margins.of_map(ranked, map_TE, threshold))
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_margins_are_float32_whatever_the_gate_computes_in(dtype: torch.dtype) -> None:
+    ranked = choice()[0].to(dtype)
+    top, found = ranked.topk(4)
+    map_TE = torch.zeros_like(ranked, dtype=torch.bool).scatter(1, found[:, :3], True)
+    margins_TE = margins.of_top(ranked, top, found[:, :3], Threshold.OWN)
+    assert margins_TE.dtype == torch.float32
+    assert torch.equal(~torch.signbit(margins_TE), map_TE)
+    histogram_of(margins_TE)
+
+
 def test_a_tie_stands_on_the_side_of_the_choice() -> None:
     ranked = torch.tensor([[0.5, 0.5, 0.5, 0.1]])
     top, found = ranked.topk(3)

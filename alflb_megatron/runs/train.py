@@ -149,6 +149,9 @@ class _Session:
                 record |= {"seconds": seconds, "tokens_per_second": record["tokens"] / seconds}
                 self.record.append(record)
                 progress.step(record)
+                if record["rejected"]:
+                    layers = ", ".join(map(str, record["rejected"]))
+                    progress.note(f"step {step}: scores that are NaN or infinite; the bias of layer {layers} stays")
             every = self.job.save_every
             if self.job.save and (step == self.job.steps or (every and step % every == 0)):
                 saved = self.checkpoint.save(

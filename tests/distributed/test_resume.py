@@ -23,7 +23,7 @@ STEPS, EVERY = 16, 6
 def _words(out: Path, *more: str) -> list[str]:
     shape = [word for name, value in jobs.SMALL.items() for word in (f"--{name.replace('_', '-')}", str(value))]
     shape[shape.index("--vocab-size") + 1] = "256"
-    schedule = ["--steps", str(STEPS), "--save-every", str(EVERY), "--validation-sequences", "8", "--rule", "sqrt"]
+    schedule = ["--steps", str(STEPS), "--save-every", str(EVERY), "--validation-sequences", "8", "--rule", "adaptive"]
     return ["train", *shape, *schedule, "--data", str(PACKAGE), "--out", str(out), *more]
 
 
