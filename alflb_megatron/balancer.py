@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from alflb_megatron import metrics
 from alflb_megatron.config import ALFConfig
 from alflb_megatron.loads import LoadSum, LoadWindow, Seen
-from alflb_megatron.rules import State, Stats
+from alflb_megatron.rules import State, Stats, kept
 
 logger = logging.getLogger(__name__)
 
@@ -150,11 +150,7 @@ def _update(config: ALFConfig, seats: Sequence[Seat], seen: Sequence[Seen]) -> T
     commit_L1 = some_L1 & ~refused_L1
     moved_LE = torch.where(commit_L1, moved_LE, bias_LE)
     n_L1 = n_L1 - 1 + commit_L1
+    after = {name: kept(commit_L1, rows, state[name]) for name, rows in moved.items()}
     for row, seat in enumerate(seats):
-        kept = {name: _where(commit_L1[row], moved[name][row], state[name][row]) for name in moved}
-        seat.write_state(moved_LE[row], n_L1[row], kept)
+        seat.write_state(moved_LE[row], n_L1[row], {name: rows[row] for name, rows in after.items()})
     return refused_L1
-
-
-def _where(commit: Tensor, new: Tensor, old: Tensor) -> Tensor:
-    return torch.where(commit.reshape([1] * new.dim()), new, old)

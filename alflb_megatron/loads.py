@@ -46,6 +46,8 @@ class LoadWindow(nn.Module):
         self.register_buffer("unsound", torch.zeros(1, dtype=torch.int64, device=device), persistent=False)
         histogram = torch.zeros(num_experts, margins.BINS, dtype=torch.int32, device=device) if with_margins else None
         self.register_buffer("histogram_EB", histogram, persistent=False)
+        if histogram is not None:
+            margins.edges(histogram.device)  # copied to the device now, not while a CUDA graph is captured
         self.measuring = False
         self.seen = 0  # forward passes counted since the last reset; on the host, for diagnostics
 

@@ -66,15 +66,46 @@ def of_top(ranked_TE: Tensor, top_TJ: Tensor, experts_TK: Tensor, threshold: Thr
 
 
 def of_map(ranked_TE: Tensor, map_TE: Tensor, threshold: Threshold) -> Tensor:
-    """The same for any choice (bool [T, E]): group-limited, replayed or made by a fused kernel.
+    """The same for any choice (bool [T, E]), replayed or made by a fused kernel.
 
-    There an expert may have been passed over although it ranks higher; its margin is then zero from below.
+    In a replayed choice an expert may have been passed over although it ranks higher; its margin is zero from below.
     """
     ranked_TE = ranked_TE.float()
     last_T1 = ranked_TE.masked_fill(~map_TE, float("inf")).amin(dim=1, keepdim=True)
     next_T1 = ranked_TE.masked_fill(map_TE, float("-inf")).amax(dim=1, keepdim=True)
     outside_TE = -((last_T1 if threshold is Threshold.OWN else next_T1) - ranked_TE).clamp(min=0)
     return torch.where(map_TE, (ranked_TE - next_T1).clamp(min=0), outside_TE)
+
+
+def of_groups(
+    ranked_TE: Tensor, map_TE: Tensor, topk: int, num_groups: int, group_topk: int, threshold: Threshold
+) -> Tensor:
+    """The same for group-limited routing (`routing.group_limited_topk`): there an expert can win or lose its group too.
+
+    A group is worth the sum of its M = topk / group_topk largest. A chosen expert may fall by what it ranks above the
+    next expert of the groups taken or, being among its group's M largest, by what the group is worth above the best one
+    left out, whichever is less. An expert of a group left out must lift its group above the last one taken, and itself
+    above the token's K-th.
+    """
+    grouped_TGX = ranked_TE.float().view(ranked_TE.shape[0], num_groups, -1)
+    chosen_TGX = map_TE.view_as(grouped_TGX)
+    best_TGM = grouped_TGX.topk(topk // group_topk, dim=-1).values
+    worth_TG1, admitted_TG1 = best_TGM.sum(dim=-1, keepdim=True), best_TGM[..., -1:]
+    taken_TG1 = chosen_TGX.any(dim=-1, keepdim=True)
+    last_taken = worth_TG1.masked_fill(~taken_TG1, float("inf")).amin(dim=1, keepdim=True)
+    best_left = worth_TG1.masked_fill(taken_TG1, float("-inf")).amax(dim=1, keepdim=True)
+    last = grouped_TGX.masked_fill(~chosen_TGX, float("inf")).amin(dim=(1, 2), keepdim=True)
+    next_ = grouped_TGX.masked_fill(chosen_TGX | ~taken_TG1, float("-inf")).amax(dim=(1, 2), keepdim=True)
+    group_TGX = torch.where(grouped_TGX >= admitted_TG1, worth_TG1 - best_left, float("inf"))
+    inside_TGX = torch.minimum(grouped_TGX - next_, group_TGX).clamp(min=0)
+    short_TGX = (last if threshold is Threshold.OWN else next_) - grouped_TGX
+    lift_TGX = last_taken - worth_TG1 + (admitted_TG1 - grouped_TGX).clamp(min=0)
+    outside_TGX = -torch.where(taken_TG1, short_TGX, torch.maximum(short_TGX, lift_TGX)).clamp(min=0)
+    return (
+        torch.where(chosen_TGX, inside_TGX, outside_TGX)
+        .nan_to_num(nan=float("-inf"), posinf=float("inf"), neginf=float("-inf"))
+        .view_as(map_TE)
+    )
 
 
 def add(histogram_EB: Tensor, margins_TE: Tensor, valid_T: Tensor | None = None) -> None:
@@ -93,8 +124,9 @@ def add(histogram_EB: Tensor, margins_TE: Tensor, valid_T: Tensor | None = None)
 def move_to_load(histogram_LEB: Tensor, load_L1: Tensor) -> Tensor:
     """By how much each expert's bias must move, alone, for its load to become `load_L1`: float32 [L, E].
 
-    Exact up to the place inside one bin, where tokens are taken to lie evenly. No move reaches into the outermost
-    bins: an expert that no token can be brought to (masked with minus infinity, say) stays where it is.
+    Exact up to the place inside one bin, where tokens are taken to lie evenly; of several moves that give the load, the
+    smallest. No move reaches into the outermost bins: an expert that no token can be brought to (masked with minus
+    infinity, say) stays where it is.
 
     Args:
         histogram_LEB: margins of one global batch, integer [L, E, B].
@@ -107,11 +139,15 @@ def move_to_load(histogram_LEB: Tensor, load_L1: Tensor) -> Tensor:
     count_LEJ = torch.nn.functional.pad(inner_LEB.flip(-1).cumsum(-1).flip(-1), (0, 1))
     total_LE = count_LEJ[..., 0]
     wanted_LE = torch.minimum((load_L1.double() - above_LE).clamp(min=0), total_LE.double())
-    bin_LE1 = (count_LEJ[..., 1:] > wanted_LE.unsqueeze(-1)).sum(-1, keepdim=True)
-    lowest_LE1 = (count_LEJ == total_LE.unsqueeze(-1)).sum(-1, keepdim=True) - 1  # the first bin that is not empty
-    bin_LE1 = torch.maximum(bin_LE1, lowest_LE1).clamp(max=edges_B.numel() - 2)
+    over_LEJ, met_LEJ = count_LEJ > wanted_LE.unsqueeze(-1), count_LEJ == wanted_LE.unsqueeze(-1)
+    first_LE1 = over_LEJ.sum(-1, keepdim=True)  # the first edge with no more than wanted above it
+    last_LE1 = first_LE1 + met_LEJ.sum(-1, keepdim=True) - 1  # the last with just as many, where there is one
+    # Between two samples: every place there gives the wanted load, and the nearest moves least.
+    between_LE1 = torch.zeros_like(wanted_LE).unsqueeze(-1).clamp(edges_B[first_LE1], edges_B[last_LE1])
+    bin_LE1 = (first_LE1 - 1).clamp(min=0)
     upper_LE1, lower_LE1 = count_LEJ.gather(-1, bin_LE1), count_LEJ.gather(-1, bin_LE1 + 1)
     share_LE1 = (upper_LE1 - wanted_LE.unsqueeze(-1)) / (upper_LE1 - lower_LE1).clamp(min=1)
     low_LE1, high_LE1 = edges_B[bin_LE1], edges_B[bin_LE1 + 1]
-    margin_LE = (low_LE1 + share_LE1 * (high_LE1 - low_LE1)).squeeze(-1)
+    inside_LE1 = low_LE1 + share_LE1 * (high_LE1 - low_LE1)
+    margin_LE = torch.where(last_LE1 >= first_LE1, between_LE1, inside_LE1).squeeze(-1)
     return torch.where(total_LE > 0, -margin_LE, 0.0).float()

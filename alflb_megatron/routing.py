@@ -125,7 +125,14 @@ def margins_of_map(logits_TE: Tensor, gate: Gate, bias_E: Tensor, map_TE: Tensor
     """Margins, float32 [T, E], where only the routing map (bool [T, E]) is known, as after a fused kernel."""
     assert gate.threshold is not None
     with torch.no_grad():
-        return margins.of_map(_ranked(logits_TE, None, gate, bias_E), map_TE, gate.threshold)
+        return _margins_of_map(_ranked(logits_TE, None, gate, bias_E), map_TE, gate)
+
+
+def _margins_of_map(ranked_TE: Tensor, map_TE: Tensor, gate: Gate) -> Tensor:
+    assert gate.threshold is not None
+    if gate.num_groups and gate.group_topk:
+        return margins.of_groups(ranked_TE, map_TE, gate.topk, gate.num_groups, gate.group_topk, gate.threshold)
+    return margins.of_map(ranked_TE, map_TE, gate.threshold)
 
 
 def select(
@@ -163,5 +170,5 @@ def select(
         if top_TJ is not None:
             margins_TE = margins.of_top(ranked_TE, top_TJ, experts_TK, gate.threshold)
         else:
-            margins_TE = margins.of_map(ranked_TE, map_TE, gate.threshold)
+            margins_TE = _margins_of_map(ranked_TE, map_TE, gate)
     return Choice(experts_TK, probs_TE, map_TE, ranked_TK, margins_TE)

@@ -18,6 +18,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from alflb_megatron import rules
 from alflb_megatron.rules import Rule
 from alflb_megatron.runs.record import write_json
@@ -56,7 +58,7 @@ def players() -> dict[str, Rule]:
 def record(name: str, folder: Path, seed: int) -> Path:
     """The run folder of a recorded stream; trains it where it is not there yet."""
     run = folder / f"{name.replace(': ', '-').replace(', ', '-').replace(' ', '-')}-{seed}"
-    if not (run / "summary.json").exists():
+    if not (run / "summary.json").exists():  # after a change of the code or of RECORDED remove the folder
         command = [sys.executable, "-m", "alflb_megatron.cli", "train", "--preset", "small", *RECORDED[name]]
         command += ["--nproc", "1", "--ep", "1", "--steps", str(STEPS), "--record-scores", str(STEPS), "--no-save"]
         command += ["--seed", str(1234 + seed), "--out", str(run)]
@@ -66,8 +68,6 @@ def record(name: str, folder: Path, seed: int) -> Path:
 
 def measure(job: tuple[str, Path, int]) -> dict[str, Any]:
     """Replays every rule on one stream."""
-    import torch
-
     torch.set_num_threads(1)
     name, folder, seed = job
     streams = {stream.name: stream for stream in (*SIMULATED, *BEYOND)}
@@ -141,6 +141,7 @@ def main() -> None:
     parser.add_argument("--runs", type=Path, default=Path("runs/balance"), help="where recorded trainings are kept")
     parser.add_argument("--out", type=Path, help="default: benchmarks/results/balance[-seedN].json")
     arguments = parser.parse_args()
+    torch.set_num_threads(1)  # as in every process that measures
     names = [stream.name for stream in (*SIMULATED, *BEYOND)] + list(RECORDED)
     names = [name for name in names if not arguments.only or name in arguments.only]
     tasks = [(name, arguments.runs, arguments.seed) for name in names]

@@ -31,6 +31,7 @@ class Stream:
     annealed: the drift falls to nothing along a half cosine, as with a learning rate.
     skew: deviation of a constant in each expert's logit: a taste that all tokens share.
     shift: step at which all cluster centres are drawn anew; 0 for never.
+    groups: number of expert groups, and how many of them a token may go to; None without a limit.
     kind: what it is counted as in the targets: slow (stationary included) or fast.
     """
 
@@ -46,6 +47,7 @@ class Stream:
     skew: float = 0.0
     shift: int = 0
     hidden: int = 32
+    groups: tuple[int, int] | None = None
     kind: str = "slow"
 
     def scores(self, seed: int) -> Iterator[Tensor]:
@@ -59,6 +61,7 @@ class Stream:
         weights_EH = normal(self.experts, self.hidden) / math.sqrt(self.hidden * (1 + SPREAD**2))
         direction_EH = normal(self.experts, self.hidden) / math.sqrt(self.hidden * (1 + SPREAD**2))
         taste_E = self.skew * normal(self.experts)
+        length = weights_EH.norm()  # of all weights together, which drift does not change
         for step in range(self.steps):
             if self.shift and step == self.shift:
                 centres_CH = normal(CLUSTERS, self.hidden)
@@ -69,7 +72,8 @@ class Stream:
             rate = self.drift * (0.5 * (1 + math.cos(math.pi * step / self.steps)) if self.annealed else 1.0)
             fresh_EH = normal(self.experts, self.hidden) / math.sqrt(self.hidden * (1 + SPREAD**2))
             direction_EH = self.momentum * direction_EH + math.sqrt(1 - self.momentum**2) * fresh_EH
-            weights_EH = (weights_EH + rate * direction_EH) / math.sqrt(1 + rate**2)
+            weights_EH = weights_EH + rate * direction_EH
+            weights_EH = weights_EH * (length / weights_EH.norm())
 
     def recording(self, seed: int) -> Recording:
         return Recording(
@@ -77,7 +81,7 @@ class Stream:
             experts=self.experts,
             steps=self.steps,
             read=lambda: self.scores(seed),
-            gating=Gating(self.topk, self.gate),
+            gating=Gating(self.topk, self.gate, *(self.groups or ())),
             name=self.name,
         )
 
@@ -87,20 +91,22 @@ SIMULATED = (
     Stream("slow drift", drift=0.003),
     Stream("annealed drift", drift=0.03, annealed=True),
     Stream("fast drift, random walk", drift=0.05, kind="fast"),
-    Stream("fast drift, with momentum", drift=0.06, momentum=0.95, kind="fast"),
+    Stream("fast drift, with momentum", drift=0.04, momentum=0.9, kind="fast"),
     Stream("sudden shift of the data", experts=16, topk=2, drift=0.003, shift=100),
     Stream("hard skew", drift=0.003, skew=3.0),
     Stream("softmax", gate="softmax", drift=0.003),
     Stream("softmax, hard skew", gate="softmax", drift=0.003, skew=2.0),
     Stream("softmax, E=256", experts=256, topk=8, tokens=4096, gate="softmax", drift=0.003),
-    Stream("E=1024", experts=1024, topk=8, drift=0.003, steps=80),
-    Stream("softmax, E=1024, skew", experts=1024, topk=8, gate="softmax", drift=0.003, skew=1.0, steps=80),
+    Stream("E=1024", experts=1024, topk=8, drift=0.003, steps=60),
+    Stream("softmax, E=1024, skew", experts=1024, topk=8, gate="softmax", drift=0.003, skew=1.0, steps=60),
+    Stream("softmax, E=1024, hard skew", experts=1024, topk=8, gate="softmax", drift=0.003, skew=2.0, steps=60),
+    Stream("groups, hard skew", experts=64, topk=8, drift=0.003, skew=1.0, groups=(8, 4)),
     Stream("tiny batch, T K / E = 20", tokens=213, drift=0.003),
     Stream("huge batch, T K / E = 200,000", experts=16, topk=2, tokens=1_600_000, drift=0.001, steps=30, hidden=8),
     Stream("one of eight, K=1", experts=8, topk=1, drift=0.003),
 )
 BEYOND = (
-    Stream("softmax, E=1024, extreme skew", experts=1024, topk=8, gate="softmax", drift=0.003, skew=2.0, steps=80),
     Stream("very fast drift, random walk", drift=0.1, kind="fast"),
+    Stream("very fast drift, with momentum", drift=0.08, momentum=0.9, kind="fast"),
 )
-"""Outside the targets: where the rules end."""
+"""Outside the targets: what comes between two batches is more than chance, whatever was learnt before."""

@@ -51,7 +51,9 @@ class Decaying(Rule):
                 metrics.correlation(stats.violation, state["violation"]), state["persistence"], MEMORY
             )
             behind_L1 = persistence_L1 > self.restart
-            age_L1 = torch.where(behind_L1, 1.0, state["age"] + 1)
+            # an age of 0: the state is new although n may not be, as after another rule
+            age_L1 = torch.where(state["age"] > 0, state["age"] + 1, age_L1)
+            age_L1 = torch.where(behind_L1, 1.0, age_L1)
             state = {
                 "age": age_L1,
                 "persistence": torch.where(behind_L1, 0.0, persistence_L1),

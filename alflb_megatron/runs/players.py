@@ -15,7 +15,7 @@ from torch import Tensor
 from alflb_megatron import margins, metrics
 from alflb_megatron.margins import BINS, Threshold
 from alflb_megatron.routing import group_limited_topk
-from alflb_megatron.rules import Rule, Stats
+from alflb_megatron.rules import Rule, Stats, kept
 from alflb_megatron.runs.scores import Gating
 
 SWEEPS = 30
@@ -31,6 +31,7 @@ class Chosen(NamedTuple):
     experts_TK: Tensor  # int64 [T, K]
     ranked_TE: Tensor  # float32 [T, E], s + p
     top_TJ: Tensor | None  # its K + 1 largest, where margins are wanted and every expert may be chosen
+    groups: tuple[int, int] = (0, 0)  # how many, and how many a token may go to, where that is limited
 
     def loads(self) -> Tensor:
         """int64 [E]."""
@@ -45,14 +46,16 @@ class Chosen(NamedTuple):
         if self.top_TJ is not None:
             return margins.of_top(self.ranked_TE, self.top_TJ, self.experts_TK, threshold)
         map_TE = torch.zeros_like(self.ranked_TE, dtype=torch.bool).scatter_(1, self.experts_TK, True)
-        return margins.of_map(self.ranked_TE, map_TE, threshold)
+        topk, (groups, group_topk) = self.experts_TK.shape[1], self.groups
+        return margins.of_groups(self.ranked_TE, map_TE, topk, groups, group_topk, threshold)
 
 
 def choose(ranked_TE: Tensor, gating: Gating, with_margins: bool = False) -> Chosen:
     """The experts of the largest s + p, found as `routing.select` finds them, so that ties break alike."""
     topk = topk_of(gating)
     if gating.group_topk:
-        return Chosen(group_limited_topk(ranked_TE, topk, gating.num_groups, gating.group_topk)[1], ranked_TE, None)
+        experts_TK = group_limited_topk(ranked_TE, topk, gating.num_groups, gating.group_topk)[1]
+        return Chosen(experts_TK, ranked_TE, None, (gating.num_groups or 0, gating.group_topk))
     top_TJ, experts_TJ = ranked_TE.topk(min(topk + with_margins, ranked_TE.shape[1]), dim=1)
     return Chosen(experts_TJ[:, :topk], ranked_TE, top_TJ if with_margins else None)
 
@@ -114,7 +117,7 @@ class Player:
             moved_LE = moved_LE - moved_LE.mean(dim=-1, keepdim=True)
         sound_L1 = moved_LE.isfinite().all(dim=-1, keepdim=True)
         self.bias_LE = torch.where(sound_L1, moved_LE, self.bias_LE)
-        self.state = {name: torch.where(sound_L1, rows, self.state[name]) for name, rows in state.items()}
+        self.state = {name: kept(sound_L1, rows, self.state[name]) for name, rows in state.items()}
         self.n_L = self.n_L + sound_L1.squeeze(-1)
 
 
