@@ -104,9 +104,10 @@ class LoadWindow(nn.Module):
         self._observe_more(weights_TE, margins_TE, valid_T)
 
     def _observe_more(self, numbers_TX: Tensor | None, margins_TE: Tensor | None, valid_T: Tensor | None) -> None:
-        if numbers_TX is not None:  # a sum is finite only if all of its terms are
-            unsound_T = ~numbers_TX.sum(dim=-1, dtype=torch.float32).isfinite()
-            self.unsound += (unsound_T if valid_T is None else unsound_T & valid_T).sum()
+        for these_TX, broken in ((numbers_TX, _not_finite), (margins_TE, _not_a_number)):
+            if these_TX is not None:
+                unsound_T = broken(these_TX)
+                self.unsound += (unsound_T if valid_T is None else unsound_T & valid_T).sum()
         if margins_TE is not None and self.histogram_EB is not None:
             margins.add(self.histogram_EB, margins_TE, valid_T)
 
@@ -126,6 +127,16 @@ class LoadWindow(nn.Module):
             if mine is not None:
                 mine.zero_()
         self.seen = 0
+
+
+def _not_finite(numbers_TX: Tensor) -> Tensor:
+    """bool [T]; a sum is finite only if all of its terms are."""
+    return ~numbers_TX.sum(dim=-1, dtype=torch.float32).isfinite()
+
+
+def _not_a_number(margins_TE: Tensor) -> Tensor:
+    """bool [T]; margins may be infinite, for a masked expert, but a NaN among them is no score."""
+    return margins_TE.isnan().any(dim=-1)
 
 
 @contextmanager

@@ -148,14 +148,14 @@ def figures_of(run: Path, floor: float) -> tuple[dict[str, float | None], list[f
     summary = json.loads((run / "summary.json").read_text(encoding="utf-8"))
     records = list(read_metrics(run))
     vio = [float(record["maxvio_mean"]) for record in records]
-    settled = [value for value, record in zip(vio, records, strict=True) if record["step"] >= SETTLED]
+    settled = [value for value, record in zip(vio, records, strict=True) if record["step"] > SETTLED]
     return {
         "validation_loss": summary["validation_loss"],
         "maxvio": statistics.fmean(vio[-math.ceil(len(vio) / 4) :]),
         "maxvio_global": summary["maxvio_global_mean"],
         "mean_over_floor": statistics.fmean(settled) / floor if settled else None,
         "steps_to_2x_floor": next(
-            (record["step"] for value, record in zip(vio, records, strict=True) if value <= 2 * floor), None
+            (record["step"] - 1 for value, record in zip(vio, records, strict=True) if value <= 2 * floor), None
         ),
     }, vio
 

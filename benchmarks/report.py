@@ -91,7 +91,8 @@ def page() -> str:
     at_once = results("balance")
     held_out = [path.stem for path in sorted(RESULTS.glob("balance-seed*.json"))]
     others = "\n\n".join(
-        f"**Another seed** than any used while the rules were made:\n\n{balance.table(found)}\n\n{missed(found)}\n\n"
+        f"**Seed {found['seed']}**, first used after the rules were done:\n\n"
+        f"{balance.table(found)}\n\n{missed(found)}\n\n"
         f"{made(found)}"
         for found in map(results, held_out)
         if found
@@ -108,8 +109,8 @@ def page() -> str:
 Written by `make docs` from `benchmarks/results/`; do not edit. Each table names the command that measured it.
 
 MaxVio = (largest load - mean load) / mean load. The *sampling floor* is its expected value when every token draws K
-distinct experts uniformly at the same T, K, E: a bias that is set before the batch is seen cannot stay below it on
-average.
+distinct experts uniformly and independently at the same T, K, E: a yardstick for biases that are set before the batch
+is seen, which can even out the experts' probabilities and not the luck of the draw.
 
 ## Balance
 
@@ -117,8 +118,8 @@ All rules with their published defaults on the same score streams, nothing tuned
 bias made from the steps before n. Cells: mean MaxVio over the floor from step 10 on / steps from a cold start until
 twice the floor (`-`: never). The lowest mean of a row, and what is within {balance.TIE - 1:.0%} of it, is bold. What
 the streams are: [`benchmarks/streams.py`](../benchmarks/streams.py); the last two simulated ones lie outside the
-targets, to show where the rules end. In a recorded stream, the early steps of a small model at its full learning rate,
-scores change so much from one step to the next that no rule comes near the floor.
+targets, to show where the rules end. The recorded streams are the first steps of small models at their full learning
+rate, which change much from one step to the next.
 
 ![MaxVio over the sampling floor on three streams](balance.png)
 
@@ -145,7 +146,8 @@ Few steps of small models rank balance, not quality.
 
 Router forward and backward plus one update, as a ratio to Megatron-Core's `TopKRouter` with its own expert bias (with
 the softmax gate: without, as it refuses one there, so with no counting and no update at all). Hidden size
-{cost.HIDDEN}, {cost.LAYERS} layers, one micro-batch a global batch. To reach: {cost.COUNTS_ALONE} for rules that need
+{cost.HIDDEN}, {cost.LAYERS} layers, one micro-batch a global batch; in brackets forward and backward
+alone. To reach: {cost.COUNTS_ALONE} for rules that need
 loads alone, {cost.WITH_MARGINS} for those that need margins.
 
 {section("cost", cost.table)}

@@ -6,11 +6,12 @@ all-reduce, both taken from the real `LoadWindow` and `LoadSum`. On paper: the t
 alpha-beta model, for a group of p ranks and n bytes
 
     ring    2 (p - 1) / p n / B + 2 (p - 1) alpha
-    tree    2 n / B + 2 log2(p) alpha
+    tree    2 n / B + 2 (m - 1) alpha_inside + 2 log2(p / m) alpha_between        m ranks a node, a chain in each node
 
-and the better of the two, with the constants below. A group beyond one node is priced as if every hop left the node,
-which is an upper bound. Nothing of the second part was measured: the model stands or falls with its constants, and
-gloo ranks that share the cores of one machine, as in `benchmarks.all_reduce`, cannot check it. Repeat with
+and the better of the two, with the constants below: a ring hop and a tree hop each have NCCL's own alpha, which holds
+the time of a chunk for the tree. A ring beyond one node is priced as if every hop left the node. Nothing of the second
+part was measured: the model stands or falls with its constants, and gloo ranks that share the cores of one machine, as
+in `benchmarks.all_reduce`, cannot check it. Repeat with
 
     python -m benchmarks.scale           (about half a minute on one thread)
 """
@@ -53,10 +54,11 @@ RANKS_A_NODE = 8
 
 @dataclass(frozen=True)
 class Link:
-    """Constants of the alpha-beta model: seconds a hop, bytes a second and GPU in one direction, and their sources."""
+    """Constants of the alpha-beta model: seconds a hop of a ring and of a tree, bytes a second and GPU one way."""
 
     name: str
     alpha: float
+    alpha_tree: float
     bandwidth: float
     alpha_from: str
     bandwidth_from: str
@@ -65,15 +67,17 @@ class Link:
 NVLINK = Link(
     "inside a node",
     3.4e-6,
+    28e-6,
     450e9,
-    "NVIDIA/nccl, src/graph/tuning.cc at 01afd20, hwLat of ring and Simple over NVLink; assumed for a tree too",
+    "NVIDIA/nccl, src/graph/tuning.cc at 01afd20, hwLat of ring and of tree with Simple over NVLink",
     "NVLink 4 of an H100: 900 GB/s both ways together (NVIDIA's data sheet); full use is assumed",
 )
 NETWORK = Link(
     "between nodes",
     9.6e-6,
+    50e-6,
     50e9,
-    "NVIDIA/nccl, src/graph/tuning.cc at 01afd20, hwLat of ring and Simple over a network; assumed for a tree too",
+    "NVIDIA/nccl, src/graph/tuning.cc at 01afd20, hwLat of ring and of tree with Simple over a network",
     "one 400 Gb/s InfiniBand port a GPU, as in a DGX H100; full use is assumed",
 )
 
@@ -84,8 +88,10 @@ def ring(ranks: int, nbytes: float, link: Link) -> float:
 
 
 def tree(ranks: int, nbytes: float, link: Link) -> float:
-    """Seconds of a pipelined tree all-reduce: up and down, log2(p) hops each."""
-    return 2 * math.log2(ranks) * link.alpha + 2 * nbytes / link.bandwidth
+    """Seconds of a pipelined tree all-reduce: up and down, a chain inside each node and a tree over the nodes."""
+    inside = min(ranks, RANKS_A_NODE)
+    hops = (inside - 1) * NVLINK.alpha_tree + math.log2(ranks / inside) * NETWORK.alpha_tree
+    return 2 * hops + 2 * nbytes / link.bandwidth
 
 
 def best(ranks: int, nbytes: float) -> dict[str, Any]:
@@ -203,7 +209,8 @@ def _updates(results: dict[str, Any]) -> list[str]:
 def _all_reduces(results: dict[str, Any]) -> list[str]:
     names = {"counts": "loads alone", "margins": "with margins"}
     constants = "; ".join(
-        f"{link['name']} alpha = {1e6 * link['alpha']:.3g} µs a hop ({link['alpha_from']}), B = "
+        f"{link['name']} alpha = {1e6 * link['alpha']:.3g} µs a hop of a ring, "
+        f"{1e6 * link['alpha_tree']:.3g} of a tree ({link['alpha_from']}), B = "
         f"{link['bandwidth'] / 1e9:.3g} GB/s ({link['bandwidth_from']})"
         for link in results["links"]
     )

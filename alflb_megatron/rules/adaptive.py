@@ -1,7 +1,8 @@
 """p <- p + g d + c v: the move that balances each expert, with gain and velocity learnt from the violations themselves.
 
-d_k, the move that alone would give expert k the mean load, is the exact minimisation of the dual along p_k. Three
-numbers a layer, none of them a knob, turn it into a filter that follows the optimum and not the noise of one batch:
+d_k, the move that alone would give expert k the mean load, is the exact minimisation of the dual along p_k. A constant
+of E and two numbers a layer, none of them a knob, make of it a filter that follows the optimum and not the noise of one
+batch:
 
     (E-1)/E  all experts move at once. Where each competes equally with every other the dual's Hessian is
              h (E I - 1 1'), its diagonal h (E - 1): the joint minimum lies (E - 1) / E of the way.

@@ -54,13 +54,13 @@ WARM_UP = 10
 
 @functools.cache
 def floor_of(tokens: int, topk: int, experts: int) -> float:
-    """The sampling floor (`metrics.sampling_floor`) in a few seconds at any size, good to about 1%.
+    """The sampling floor (`metrics.sampling_floor`) in a few seconds at any size, good to a few percent.
 
-    Simulated with up to 1000 draws. Where fewer than 100 could be paid for, loads are many and their joint
-    distribution is normal: sampling_floor's limit, from 20,000 seeded draws of that.
+    Simulated with up to 1000 draws. Where the mean load is above 2000, the loads' joint distribution is normal:
+    sampling_floor's limit, from 20,000 seeded draws of that.
     """
     work = tokens * topk * (1 + topk / 4)  # in units of some 10 ns
-    if (draws := int(3e8 / work)) >= 100:
+    if tokens * topk <= 2000 * experts and (draws := int(3e8 / work)) >= 100:
         return metrics.sampling_floor(tokens, topk, experts, draws=min(1000, draws))
     if topk == experts:
         return 0.0
@@ -235,7 +235,7 @@ COLUMNS = {
 MEANINGS = {
     "rule": "hindsight: the best bias for each batch, made from that very batch; no rule can know it before.",
     "steps to 2x": "updates until MaxVio is at most twice the floor in every layer.",
-    "mean": "MaxVio / floor, mean over steps 10 and later and over the layers; 1 is as even as chance allows.",
+    "mean": "MaxVio / floor, mean over steps 10 and later and over the layers; 1 is what even, independent draws give.",
     "tail": "the same over the last quarter of the steps.",
     "worst": "MaxVio / floor of the worst step from step 10 on, mean over the layers.",
     "affinity kept": "the chosen scores, over the largest scores each token could have had; steps 10 and later.",

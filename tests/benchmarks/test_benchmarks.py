@@ -15,23 +15,23 @@ from benchmarks import all_reduce, in_training, scale
 
 # -- scale ------------------------------------------------------------------------------------------------------------
 
-SLOW = scale.Link("by hand", alpha=1.0, bandwidth=1e9, alpha_from="", bandwidth_from="")
+SLOW = scale.Link("by hand", alpha=1.0, alpha_tree=1.0, bandwidth=1e9, alpha_from="", bandwidth_from="")
 
 
 def test_alpha_beta_by_hand():
-    # 4 ranks, 8 GB at 1 GB/s, a second a hop: the ring sends 2 * 3/4 of the bytes in 6 hops, the tree 2 of them in 4.
+    # 4 ranks, 8 GB at 1 GB/s, a second a hop: the ring sends 2 * 3/4 of the bytes in 6 hops, the tree 2 of them.
     assert scale.ring(4, 8e9, SLOW) == pytest.approx(12 + 6)
-    assert scale.tree(4, 8e9, SLOW) == pytest.approx(16 + 4)
-    assert scale.tree(4096, 0, SLOW) == pytest.approx(24)
+    assert scale.tree(4, 8e9, SLOW) == pytest.approx(16 + 2 * 3 * 28e-6)
+    assert scale.tree(4096, 0, SLOW) == pytest.approx(2 * (7 * 28e-6 + 9 * 50e-6))
     assert scale.ring(4096, 0, SLOW) == pytest.approx(8190)
 
 
 def test_the_better_algorithm_over_the_link_that_is_needed():
     few, many = scale.best(8, 0), scale.best(4096, 0)
-    assert (few["algorithm"], few["link"]) == ("tree", scale.NVLINK.name)
-    assert few["ms"] == pytest.approx(1e3 * 6 * scale.NVLINK.alpha)
+    assert (few["algorithm"], few["link"]) == ("ring", scale.NVLINK.name)
+    assert few["ms"] == pytest.approx(1e3 * 14 * scale.NVLINK.alpha)
     assert (many["algorithm"], many["link"]) == ("tree", scale.NETWORK.name)
-    assert many["ms"] == pytest.approx(1e3 * 24 * scale.NETWORK.alpha)
+    assert many["ms"] == pytest.approx(2e3 * (7 * 28e-6 + 9 * 50e-6))
     assert scale.best(8, 1e12)["algorithm"] == "ring"
     assert scale.best(9, 0)["link"] == scale.NETWORK.name
 
@@ -146,8 +146,8 @@ def test_collection_by_hand(runs):
     assert found["floor"] == floor
     ours, builtin = found["modes"]["adaptive"], found["modes"]["builtin"]
     assert ours["maxvio"]["mean"] == pytest.approx(3 * floor)  # the last 4 steps: F, F, 5F, 5F
-    assert ours["mean_over_floor"]["mean"] == pytest.approx(15 / 7)  # steps 10 to 16: five times F, 5F, 5F
-    assert ours["steps_to_2x_floor"]["each"] == [4, 4]
+    assert ours["mean_over_floor"]["mean"] == pytest.approx(14 / 6)  # after ten updates: four times F, 5F, 5F
+    assert ours["steps_to_2x_floor"]["each"] == [3, 3]
     assert ours["maxvio_global"]["mean"] == pytest.approx(0.1)
     assert builtin["steps_to_2x_floor"] == {"mean": None, "sd": None, "each": [None, None]}
     assert builtin["validation_loss"]["mean"] == pytest.approx(2.2)

@@ -155,12 +155,89 @@ def test_step_leaves_its_arguments_alone(name: str) -> None:
 
 @pytest.mark.parametrize("name", FORMULAS)
 def test_balance_is_a_fixed_point(name: str) -> None:
-    # Each expert is chosen by the tokens that like it best, and every margin has its mirror image below zero.
-    scores = torch.eye(16).repeat(8, 1) + torch.eye(16).roll(1, 0).repeat(8, 1) * 0.5
-    batch = route(scores[None], torch.zeros(1, 16), torch.ones(1, dtype=torch.int64), Threshold.OWN)
-    assert torch.equal(batch.stats.loads, torch.full((1, 16), 16))
-    moved = step(name, batch.bias, batch.stats)
-    torch.testing.assert_close(moved - moved.mean(), batch.bias, rtol=0, atol=1e-7)
+    # Every expert has four tokens of its own, all by another distance, so that no two histograms are alike.
+    generator = torch.Generator().manual_seed(3)
+    scores = torch.rand(64, 16, generator=generator) * 0.1
+    for token in range(64):
+        scores[token, token % 16] += 0.5 + 0.1 * (token % 16)
+        scores[token, (token + 1) % 16] += 0.5
+    bias = torch.randn(1, 16, generator=generator) * 0.01
+    batch = route(scores[None], bias, torch.ones(1, dtype=torch.int64), rules.make(name).threshold or Threshold.OWN)
+    assert torch.equal(batch.stats.loads, torch.full((1, 16), 8))
+    assert batch.stats.histogram is not None
+    assert not torch.equal(batch.stats.histogram[0, 0], batch.stats.histogram[0, 1])
+    torch.testing.assert_close(step(name, batch.bias, batch.stats), batch.bias, rtol=0, atol=0)
+
+
+def _filter(moves: list[np.ndarray], violations: list[np.ndarray]) -> list[dict[str, np.ndarray]]:
+    """`adaptive` after its docstring, one layer: what each update leaves, given each batch's moves and violations."""
+
+    def corr(a: np.ndarray, b: np.ndarray) -> float:
+        length = np.sqrt((a @ a) * (b @ b))
+        return float(a @ b / length) if length else 0.0
+
+    experts = len(moves[0])
+    p, v, s, last = (np.zeros(experts) for _ in range(4))
+    g, c, e = 1.0, 0.0, 0.0
+    found = []
+    for d, r in zip(moves, violations, strict=True):
+        now, before = np.mean(r**2), np.mean(last**2)
+        landing = min(1.0, now / before) if before else 1.0
+        v = v + 0.2 * landing * (s - v)
+        g = float(np.clip(g * np.exp(0.4 * corr(r, last)), 0.02, 1))
+        c = float(np.clip(c + 0.1 * landing * corr(r, v), 0, 0.95))
+        if e > 0:
+            shift = max(0.0, 1 - 4 * e / now)
+            g, c = max(g, shift), c * (1 - shift)
+        s = g * (d - d.mean()) * (experts - 1) / experts + c * v
+        p = p + s
+        e = e + 0.1 * (min(now, 16 * e) - e) if e > 0 else now
+        last = r
+        found.append(
+            {"bias": p, "gain": np.array([g]), "velocity_weight": np.array([c]), "energy": np.array([e]), "velocity": v}
+        )
+    return found
+
+
+def test_adaptive_is_its_formula_step_after_step() -> None:
+    rule, generator = rules.make("adaptive"), torch.Generator().manual_seed(5)
+    bias, state = torch.zeros(1, 12), rule.init(1, 12)
+    taste, drift = torch.zeros(12), 0.02 * torch.randn(12, generator=generator)
+    moves, violations, found = [], [], []
+    for n in range(1, 61):
+        taste = taste + (drift if n < 30 else 0) + (0.5 * torch.randn(12, generator=generator) if n == 45 else 0)
+        scores = torch.rand(1, 500, 12, generator=generator) + taste
+        batch = route(scores, bias, torch.tensor([n]), Threshold.OWN)
+        bias, state = rule.step(bias, batch.stats, state)
+        moves.append(batch.stats.move_to_balance[0].double().numpy())
+        violations.append(batch.stats.violation[0].double().numpy())
+        found.append({"bias": bias, **state})
+    expected = _filter(moves, violations)
+    gains = [row["gain"].item() for row in expected]
+    assert min(gains) < 0.5, "the example should have noise"
+    assert max(row["velocity_weight"].item() for row in expected) > 0.2, "and drift"
+    assert gains[44] > gains[43] + 0.3, "and a shift"
+    for mine, theirs in zip(found, expected, strict=True):
+        for name, row in theirs.items():
+            np.testing.assert_allclose(mine[name][0].numpy(), row, rtol=1e-3, atol=1e-5, err_msg=name)
+
+
+@pytest.mark.parametrize(("options", "share"), [({"ema": 0.8}, 0.2), ({"against": "own"}, 1.0)])
+def test_variants_of_quantile(options: dict[str, object], share: float) -> None:
+    rule = rules.make("quantile", **options)
+    scores = torch.rand(1, 4000, 16, generator=torch.Generator().manual_seed(0))
+    batch = route(scores, torch.randn(1, 16) * 0.1, torch.ones(1, dtype=torch.int64), rule.threshold)
+    moved = (rule.step(batch.bias, batch.stats, {})[0] - batch.bias).double().numpy()
+    exact = share * _exact_moves([m.double().numpy() for m in batch.margins], batch.stats.loads.double().numpy())
+    np.testing.assert_allclose(moved, exact, rtol=0.05, atol=0.002)
+
+
+def test_a_restart_that_is_switched_on_late_goes_on_from_n() -> None:
+    batch = example("harmonic")
+    stats = Stats(batch.stats.loads, torch.full((3,), 5000))
+    rule = rules.make("harmonic", restart=0.5)
+    moved = rule.step(batch.bias, stats, rule.init(3, 16))[0]
+    assert torch.equal(moved, step("harmonic", batch.bias, stats))
 
 
 @pytest.mark.parametrize("name", FORMULAS)
