@@ -232,3 +232,28 @@ def test_adaptive_balances_under_group_limited_routing() -> None:
     ((before, after),) = ranks.run(1, _grouped)
     assert before > 0.5
     assert after < 0.3
+
+
+def _sums() -> dict[str, float]:
+    """Largest mean of the bias that each rule leaves in 20 updates."""
+    from alflb_megatron import rules
+
+    found = {}
+    with ranks.model_parallel():
+        for rule in rules.names():
+            router = _router({"rule": rule})
+            balancer, means = _balancer(router), []
+            for step in range(20):
+                router(_hidden(step))
+                balancer.launch()
+                balancer.commit()
+                means.append(abs(float(router.expert_bias.double().mean())))
+            assert router.expert_bias.any()
+            found[rule] = max(means)
+    return found
+
+
+def test_every_rule_leaves_a_bias_of_mean_zero() -> None:
+    (found,) = ranks.run(1, _sums)
+    assert found
+    assert max(found.values()) < 1e-7, found
