@@ -24,6 +24,7 @@ from typing import Any
 
 from alflb_megatron.runs.job import resolve
 from alflb_megatron.runs.record import is_run, maxvio_text, write_json
+from alflb_megatron.runs.table import aligned, explained
 from alflb_megatron.settings import SettingError
 
 OURS = "adaptive"
@@ -139,14 +140,7 @@ def format_table(summaries: Mapping[str, Mapping[str, Any]]) -> str:
             f"never in {summary['steps']}" if reached is None else str(reached),
             _number(summary["seconds_per_step"], 3),
         ])  # fmt: skip
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = []
-    for row in rows:  # names to the left, figures to the right
-        cells = [row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))]
-        lines.append("  ".join(cells).rstrip())
-    lines.insert(1, "  ".join("-" * width for width in widths))
-    width = max(map(len, COLUMNS))
-    return "\n".join([*lines, "", *(f"{name.ljust(width)}  {meaning}" for name, meaning in COLUMNS.items())])
+    return "\n".join([*aligned(rows), "", *explained(COLUMNS)])
 
 
 def _prepare(out: Path, rules: Sequence[str], record: Mapping[str, Any]) -> None:

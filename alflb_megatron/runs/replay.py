@@ -44,6 +44,7 @@ from alflb_megatron.rules import Rule
 from alflb_megatron.runs.players import Contestant, Hindsight, Player, choose, topk_of
 from alflb_megatron.runs.record import maxvio_text, write_json
 from alflb_megatron.runs.scores import FLAG, Gating, Recording, open_scores
+from alflb_megatron.runs.table import aligned, explained
 from alflb_megatron.settings import SettingError, add_flags, check, given_flags, knob
 
 DEFAULT_RULES = ("sign", "quantile", "adaptive")
@@ -257,12 +258,6 @@ def format_table(result: Mapping[str, Any]) -> str:
                 value = f"never in {result['steps']}"
             row.append(value if isinstance(value, str) else "-" if value is None else _digits(str(key), value))
         rows.append(row)
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = []
-    for row in rows:  # names to the left, figures to the right
-        cells = [row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))]
-        lines.append("  ".join(cells).rstrip())
-    lines.insert(1, "  ".join("-" * width for width in widths))
     layers = len(result["layers"])
     about = (
         f"{result['steps']} steps, {layers} layer{'s' * (layers > 1)}, {result['tokens']:,.0f} tokens a step, "
@@ -270,8 +265,7 @@ def format_table(result: Mapping[str, Any]) -> str:
     )
     if result["steps"] <= WARM_UP:
         about += f"\nfewer than {WARM_UP + 1} steps: there is no mean over steps {WARM_UP} and later"
-    width = max(map(len, MEANINGS))
-    return "\n".join([about, "", *lines, "", *(f"{name.ljust(width)}  {text}" for name, text in MEANINGS.items())])
+    return "\n".join([about, "", *aligned(rows), "", *explained(MEANINGS)])
 
 
 def _digits(key: str, value: float) -> str:
