@@ -43,9 +43,10 @@ class Threshold(StrEnum):
 @cache
 def edges(device: torch.device | str = "cpu") -> Tensor:
     """The BINS + 1 edges, ascending, float64; the outermost are the float32 limits the inner range ends at."""
-    keys = torch.arange(SIDE - 1, dtype=torch.int32) + _FIRST_KEY
+    # on the CPU first, by name: a model may be under construction on another default device, the meta device too
+    keys = torch.arange(SIDE - 1, dtype=torch.int32, device="cpu") + _FIRST_KEY
     inner = (keys << _SHIFT).view(torch.float32).double()  # lower edges of every bin but the first
-    positive = torch.cat([torch.zeros(1, dtype=torch.float64), inner, inner[-1:]])
+    positive = torch.cat([torch.zeros(1, dtype=torch.float64, device="cpu"), inner, inner[-1:]])
     return torch.cat([-positive.flip(0), positive[1:]]).to(device)
 
 

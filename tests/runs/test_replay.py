@@ -205,7 +205,9 @@ def test_group_limited_routing_stays_within_its_groups() -> None:
     experts = choose(scores[0, 0], gating).experts_TK
     assert torch.equal(experts[:, 0] // 2, experts[:, 1] // 2)
     result = replay(recording(scores, num_groups=4, group_topk=1))
-    assert result["rules"]["quantile"]["maxvio_tail"] < result["rules"]["sign"]["maxvio_tail"]
+    # a group of two is taken or left as one: each expert's own move would move it by both, and quantile swings for ever
+    assert result["rules"]["quantile"]["maxvio_tail"] > 2
+    assert result["rules"]["adaptive"]["mean_over_floor"] < 1.2 < result["rules"]["sign"]["mean_over_floor"]
     with pytest.raises(SettingError, match=r"--topk=3: must be a multiple of 1, at most 2"):
         replay(recording(scores, num_groups=4, group_topk=1), topk=3)
 
