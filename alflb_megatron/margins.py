@@ -152,3 +152,18 @@ def move_to_load(histogram_LEB: Tensor, load_L1: Tensor) -> Tensor:
     inside_LE1 = low_LE1 + share_LE1 * (high_LE1 - low_LE1)
     margin_LE = torch.where(last_LE1 >= first_LE1, between_LE1, inside_LE1).squeeze(-1)
     return torch.where(total_LE > 0, -margin_LE, 0.0).float()
+
+
+def exact_move(margins_TE: Tensor, mean_load: float) -> Tensor:
+    """By how much each bias must move, alone, for its expert to carry the mean load, to the token: float32 [E].
+
+    The order statistic itself, no histogram, for one batch that is at hand: half way between the margin of the last
+    token an expert gets and that of the first it does not.
+    """
+    tokens, experts = margins_TE.shape
+    if tokens == 1:
+        return torch.zeros(experts)
+    wanted = max(1, min(round(mean_load), tokens - 1))
+    margins_ET = margins_TE.t().contiguous()
+    last_E = margins_ET.kthvalue(tokens - wanted + 1, dim=1).values
+    return -(last_E + margins_ET.kthvalue(tokens - wanted, dim=1).values) / 2

@@ -17,12 +17,7 @@ from alflb_megatron.margins import BINS, Threshold
 from alflb_megatron.routing import group_limited_topk
 from alflb_megatron.rules import Rule, Stats, kept
 from alflb_megatron.runs.scores import Gating
-
-SWEEPS = 30
-"""At most so many solves of all coordinates go into the hindsight of one step and layer."""
-
-PATIENCE = 4
-"""So many of them in a row without a lower MaxVio end it sooner."""
+from alflb_megatron.theory.descent import descend
 
 
 class Chosen(NamedTuple):
@@ -125,8 +120,8 @@ class Hindsight:
     """The bias that balances each very batch: the dual of the assignment problem, solved on the batch itself.
 
     From the last batch's solution on, every expert's bias is moved to where it alone would carry the mean load: the
-    exact order statistic, no histogram. All move at once, so a move that did not lower MaxVio is halved. The best bias
-    of at most `SWEEPS` is kept.
+    exact order statistic, no histogram. All move at once, so a move that did not lower MaxVio is halved
+    (`theory.descent`). The best bias of at most 30 is kept.
     """
 
     def __init__(self, layers: int, experts: int, gating: Gating) -> None:
@@ -146,34 +141,16 @@ class Hindsight:
 
     def _solve(self, scores_TE: Tensor, bias_E: Tensor) -> tuple[Chosen, Tensor]:
         mean = scores_TE.shape[0] * topk_of(self.gating) / scores_TE.shape[1]
-        lowest = math.ceil(mean) / mean - 1  # of whole tokens
-        best: tuple[float, Chosen, Tensor, Tensor] | None = None
-        gain, misses, sweep = 1.0, 0, 0
-        for sweep in range(1, SWEEPS + 1):  # noqa: B007
+
+        def look(bias_E: Tensor) -> tuple[float, Chosen]:
             chosen = choose(scores_TE + bias_E, self.gating, with_margins=True)
-            vio = float(metrics.max_vio(chosen.loads()))
-            if best is None or vio < best[0]:
-                move_E = exact_move(chosen.margins(Threshold.OWN), mean)
-                best, misses, gain = (vio, chosen, bias_E, move_E), 0, min(1.0, 2 * gain)
-            else:
-                misses, gain = misses + 1, gain / 2
-            if misses == PATIENCE or best[0] <= lowest:
-                break
-            bias_E = best[2] + gain * best[3]
-        assert best is not None
-        self.sweeps.append(sweep)
-        return best[1], best[2] - best[2].mean()
+            return float(metrics.max_vio(chosen.loads())), chosen
 
-
-def exact_move(margins_TE: Tensor, mean_load: float) -> Tensor:
-    """By how much each bias must move, alone, for its expert to carry the mean load, to the token: float32 [E].
-
-    Half way between the margin of the last token it gets and that of the first it does not.
-    """
-    tokens, experts = margins_TE.shape
-    if tokens == 1:
-        return torch.zeros(experts)
-    wanted = max(1, min(round(mean_load), tokens - 1))
-    margins_ET = margins_TE.t().contiguous()
-    last_E = margins_ET.kthvalue(tokens - wanted + 1, dim=1).values
-    return -(last_E + margins_ET.kthvalue(tokens - wanted, dim=1).values) / 2
+        best = descend(
+            look,
+            move=lambda chosen: margins.exact_move(chosen.margins(Threshold.OWN), mean),
+            bias_E=bias_E,
+            enough=math.ceil(mean) / mean - 1,  # loads are whole tokens
+        )
+        self.sweeps.append(best.sweeps)
+        return best.found, best.bias - best.bias.mean()

@@ -15,9 +15,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from alflb_megatron import cli, metrics, rules
+from alflb_megatron.margins import exact_move
 from alflb_megatron.runs import record
 from alflb_megatron.runs.job import resolve, resolve_resumed
-from alflb_megatron.runs.players import Hindsight, Player, choose, exact_move
+from alflb_megatron.runs.players import Hindsight, Player, choose
 from alflb_megatron.runs.replay import Replay, floor_of, format_table, parse_rules, replay
 from alflb_megatron.runs.scores import Gating, Recording, open_scores
 from alflb_megatron.settings import SettingError, markdown_table

@@ -1,0 +1,46 @@
+"""Certificates of a sample: exact where the answer is known."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from alflb_megatron.theory.certificate import certify
+from alflb_megatron.theory.claims.convexity import normal_experts
+from alflb_megatron.theory.claims.lagrangian import random_problem
+from alflb_megatron.theory.curvature import moduli
+from alflb_megatron.theory.oracles import minimum_cost_flow
+
+
+def test_at_the_optimum_the_gap_is_zero_and_elsewhere_it_is_what_the_dual_says() -> None:
+    problem = random_problem(512, 8, 2, seed=0)
+    best = minimum_cost_flow(problem)
+    at = certify(problem.scores, 2, best.bias)
+    assert at.gap == pytest.approx(0, abs=1e-12) and at.proof < 1e-12 and at.tied <= 7
+    off = certify(problem.scores, 2, torch.zeros(8))
+    assert off.gap == pytest.approx((problem.dual(torch.zeros(8, dtype=torch.float64)) - best.dual) / 512)
+    assert off.gap > 0 and off.maxvio > at.maxvio and off.distance > 0.01
+    assert off.optimum == pytest.approx(at.optimum, abs=1e-12)
+
+
+def test_the_step_sizes_are_those_of_the_curvature() -> None:
+    model = normal_experts(6, 2)
+    found = certify(model.sample(20_000, seed=0).scores, 2, torch.zeros(6))
+    exact = moduli(model.weights(torch.zeros(6, dtype=torch.float64)))
+    assert found.modulus == pytest.approx(exact.smallest, rel=0.15)
+    assert found.harmonic_step == pytest.approx(2 / 6 / exact.smallest, rel=0.15)
+    assert found.largest_step == pytest.approx(2 * 2 / 6 / exact.largest, rel=0.15)
+
+
+def test_experts_that_nobody_competes_for_leave_no_step_size() -> None:
+    scores = torch.rand(400, 4, generator=torch.Generator().manual_seed(0))
+    scores[:, 2:] -= 100
+    found = certify(scores, 1, torch.zeros(4))
+    assert found.modulus == 0 and found.harmonic_step is None and found.largest_step is not None
+
+
+def test_what_cannot_be_certified_is_refused() -> None:
+    with pytest.raises(ValueError, match="finite"):
+        certify(torch.full((4, 4), float("inf")), 1, torch.zeros(4))
+    with pytest.raises(ValueError, match="topk = experts"):
+        certify(torch.rand(4, 2), 2, torch.zeros(2))
