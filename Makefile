@@ -32,7 +32,7 @@ docs: $(VENV)/ready
 	$(VENV)/bin/python -m benchmarks.report
 
 test-latest: $(LATEST)/ready
-	$(LATEST)/bin/python -m pytest tests/test_routing.py tests/test_margins.py tests/test_loads.py tests/rules tests/hosts tests/distributed $(ARGS)
+	$(LATEST)/bin/python -m pytest tests/test_routing.py tests/test_margins.py tests/test_loads.py tests/rules tests/theory tests/hosts tests/distributed $(ARGS)
 
 setup: $(VENV)/ready
 

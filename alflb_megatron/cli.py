@@ -21,6 +21,8 @@ from alflb_megatron.runs.job import Job, Plan, resolve, resolve_resumed
 from alflb_megatron.runs.record import saved_settings
 from alflb_megatron.runs.replay import add_arguments as add_replay_flags
 from alflb_megatron.runs.replay import run as run_replay
+from alflb_megatron.runs.theory import add_arguments as add_theory_flags
+from alflb_megatron.runs.theory import run as run_theory
 from alflb_megatron.settings import SettingError, add_flags, given_flags
 
 
@@ -54,6 +56,11 @@ def parser() -> argparse.ArgumentParser:
     )
     add_replay_flags(replay)
     replay.set_defaults(run=run_replay)
+    theory = commands.add_parser(
+        "theory", help="measure what the theory claims, and print one table", allow_abbrev=False
+    )
+    add_theory_flags(theory)
+    theory.set_defaults(run=run_theory)
     return top
 
 

@@ -51,8 +51,8 @@ class ALFRouter(TopKRouter):
 
     expert_bias: Tensor
     alf_n: Tensor
-    score_tap: Callable[[Tensor], None] | None = None
-    """Where set, it is shown the scores of the tokens that are counted, [T, E] before the bias, without gradient."""
+    score_taps: tuple[Callable[[Tensor], None], ...] = ()
+    """Each is shown the scores of the tokens that are counted, [T, E] before the bias, without gradient."""
 
     def __init__(
         self,
@@ -131,9 +131,10 @@ class ALFRouter(TopKRouter):
         with_margins = counting and self.load_window.wants_margins
         if counting:
             self._warn_if_never_updated()
-            if self.score_tap is not None:
+            if self.score_taps:
                 scores_TE = scores_of(logits_TE.detach(), self.gate)
-                self.score_tap(scores_TE if valid_T is None else scores_TE[valid_T])
+                for tap in self.score_taps:
+                    tap(scores_TE if valid_T is None else scores_TE[valid_T])
         if self.config.moe_router_fusion:
             probs_TE, map_TE = topk_routing_with_score_function(
                 logits_TE,

@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any
 
 from alflb_megatron.metrics import sampling_floor
 from alflb_megatron.runs.demo import TrainingFailed, failure
-from alflb_megatron.runs.job import resolve
+from alflb_megatron.runs.job import Plan, resolve
 from alflb_megatron.runs.record import git_revision, maxvio_text, read_metrics, write_json
 
 if TYPE_CHECKING:
@@ -87,9 +87,10 @@ def is_finished(options: Mapping[str, Any], out: Path) -> bool:
         json.loads((out / "summary.json").read_text(encoding="utf-8"))
         found = json.loads((out / "config.json").read_text(encoding="utf-8"))["settings"]
         found["job"]["out"] = ""
+        made = Plan.from_dict(found)  # a run made before a setting existed had its default
     except (OSError, ValueError, KeyError, TypeError):
         return False
-    return bool(found == json.loads(json.dumps(resolve(options, {}, {}).as_dict())))
+    return made == resolve(options, {}, {})
 
 
 def train(name: str, options: Mapping[str, Any], out: Path) -> str:

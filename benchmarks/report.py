@@ -1,4 +1,5 @@
-"""Writes `docs/benchmarks.md` and its pictures, and the table in `docs/rules.md`, from `benchmarks/results/*.json`.
+"""Writes `docs/benchmarks.md`, and the tables and pictures of `docs/rules.md` and `docs/theory.md`, from
+`benchmarks/results/*.json`.
 
 Nothing is measured here and no figure is typed: `python -m benchmarks.report`, or `make docs`.
 """
@@ -12,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from alflb_megatron.runs import theory, theory_plots
 from benchmarks import all_reduce, balance, cost, in_training, scale, tried, upstream_quantile
 from benchmarks.machine import RESULTS
 
@@ -83,7 +85,7 @@ def balance_figure(found: dict[str, Any]) -> Figure:
         axes.spines[["top", "right"]].set_visible(False)
         if panel == 1:
             axes.set_ylabel("MaxVio / sampling floor")
-            axes.legend(frameon=False, fontsize=9)
+            drawn.legend(*axes.get_legend_handles_labels(), loc="outside upper center", ncols=5, frameon=False)
     return drawn
 
 
@@ -177,7 +179,25 @@ def rules_page() -> str:
     )
 
 
+def theory_page() -> str:
+    """`docs/theory.md` with the tables of `benchmarks/results/theory.json` between its markers."""
+    text = (DOCS / "theory.md").read_text(encoding="utf-8")
+    found = results("theory")
+    if not found:
+        return text
+    tables = {name: theory.markdown_table(claim) for name, claim in found["claims"].items()}
+    tables["sweep"] = f"{theory.sweep_table(found['claims']['regret']['figures'])}\n\n{made(found)}"
+    for name, table in tables.items():
+        between = f"<!-- {name} -->\n{table}\n<!-- /{name} -->"
+        text = re.sub(rf"<!-- {name} -->.*<!-- /{name} -->", lambda _, b=between: b, text, flags=re.S)  # type: ignore[misc]
+    return text
+
+
 def main() -> None:
+    (DOCS / "theory.md").write_text(theory_page(), encoding="utf-8")
+    if found := results("theory"):
+        for path in theory_plots.draw(found, DOCS):
+            path.replace(DOCS / f"theory-{path.name}")
     (DOCS / "benchmarks.md").write_text(page(), encoding="utf-8")
     (DOCS / "rules.md").write_text(rules_page(), encoding="utf-8")
     if found := results("balance"):

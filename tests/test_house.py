@@ -32,6 +32,15 @@ CLOSED: dict[str, set[str]] = {
         "alflb_megatron.hosts",
         "alflb_megatron.runs",
     },
+    "theory": {
+        *HOSTS,
+        "alflb_megatron.router",
+        "alflb_megatron.balancer",
+        "alflb_megatron.loads",
+        "alflb_megatron.hosts",
+        "alflb_megatron.runs",
+        "alflb_megatron.settings",
+    },
     "loads.py": {
         *HOSTS,
         "alflb_megatron.router",

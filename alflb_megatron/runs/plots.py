@@ -190,7 +190,7 @@ def _draw_heat_maps(figure: SubFigure, runs: Mapping[str, _Run]) -> None:
     bar.set_label("validation load\n/ mean of its layer")
 
 
-def _figure_class() -> type[Figure]:
+def figure_class() -> type[Figure]:
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
@@ -200,11 +200,10 @@ def _figure_class() -> type[Figure]:
 
 def comparison_figure(runs: Mapping[str, Path]) -> Figure:
     """The figure of `plot_comparison`: one axes of lines, one heat map a run, one colour bar."""
-    figure_class = _figure_class()
     if not 1 <= len(runs) <= len(COLOURS):
         raise ValueError(f"a picture compares 1 to {len(COLOURS)} runs, not {len(runs)}")
     loaded = {label: load_run(Path(path)) for label, path in runs.items()}
-    figure = figure_class(figsize=(WIDTH, HEIGHT), dpi=DPI, layout="constrained")
+    figure = figure_class()(figsize=(WIDTH, HEIGHT), dpi=DPI, layout="constrained")
     rows: Any = figure.subfigures(2, 1, height_ratios=(1.65, 1))
     _draw_lines(rows[0].add_subplot(), loaded)
     _draw_heat_maps(rows[1], loaded)
@@ -220,10 +219,10 @@ def plot_comparison(runs: Mapping[str, Path], out: Path) -> Path:
     sampling floor (`sampling_floor`) of the runs' sizes. Bottom: the validation loads of every expert and MoE
     layer, divided by the layer's mean, one heat map a run on a shared scale. The title describes the first run.
     """
-    return _save(comparison_figure(runs), Path(out))
+    return save(comparison_figure(runs), Path(out))
 
 
-def _save(figure: Figure, out: Path) -> Path:
+def save(figure: Figure, out: Path) -> Path:
     out.parent.mkdir(parents=True, exist_ok=True)
     from PIL import Image  # comes with matplotlib
 
@@ -242,7 +241,7 @@ def replay_figure(result: Mapping[str, Any]) -> Figure:
     floor = result["floor"]
     if not floor > 0:
         raise ValueError("no picture: with topk = experts there is no choice, and MaxVio is 0")
-    figure = _figure_class()(figsize=(WIDTH, 5.2), dpi=DPI, layout="constrained")
+    figure = figure_class()(figsize=(WIDTH, 5.2), dpi=DPI, layout="constrained")
     axes = figure.add_subplot()
     steps_S = np.arange(result["steps"])
     window = max(1, len(steps_S) // 60)  # none in a short replay, where it would hide how fast a rule lands
@@ -281,4 +280,4 @@ def replay_figure(result: Mapping[str, Any]) -> Figure:
 
 def plot_replay(result: Mapping[str, Any], out: Path) -> Path:
     """Draws what `runs.replay.replay` returned into the PNG file `out`, and returns `out`."""
-    return _save(replay_figure(result), Path(out))
+    return save(replay_figure(result), Path(out))

@@ -40,8 +40,9 @@ class Recorder:
         self.gating, self.rank, self.ranks, self.left = gating, rank, ranks, steps
         self.routers = dict(routers)
         self._seen: dict[int, list[Tensor]] = {layer: [] for layer in self.routers}
+        self._taps = {layer: self._tap(layer) for layer in self.routers}
         for layer, router in self.routers.items():
-            router.score_tap = self._tap(layer)
+            router.score_taps = (*router.score_taps, self._taps[layer])
 
     def _tap(self, layer: int) -> Callable[[Tensor], None]:
         def tap(scores_TE: Tensor) -> None:
@@ -67,5 +68,5 @@ class Recorder:
             parts.clear()
         self.left -= 1
         if self.left == 0:
-            for router in self.routers.values():
-                router.score_tap = None
+            for layer, router in self.routers.items():
+                router.score_taps = tuple(tap for tap in router.score_taps if tap is not self._taps[layer])

@@ -28,7 +28,7 @@ def _claims() -> Any:
     try:
         from alflb_megatron.theory import claims
     except ImportError as error:  # SciPy
-        raise SettingError("theory", "not to be had", f"needs SciPy (pip install scipy): {error}") from None
+        raise SettingError("alflb theory", "cannot start", f"needs SciPy (pip install scipy): {error}") from None
     return claims
 
 
@@ -41,7 +41,7 @@ def measure(names: Sequence[str] = (), full: bool = False, stream: Any = None) -
     known = claims.names()
     for name in names:
         if name not in known:
-            raise SettingError("theory", name, f"must be one of {', '.join(known)}")
+            raise SettingError("CLAIM", name, f"must be one of {', '.join(known)}")
     results: dict[str, Any] = {"full": full, "versions": versions(), "claims": {}}
     for name in [name for name in known if not names or name in names]:
         claim = claims.make(name, full)
@@ -118,6 +118,19 @@ def markdown_table(claim: Mapping[str, Any]) -> str:
     for row in claim["rows"]:
         cells = (row["statement"], row["condition"], row["measured"], row["bound"], f"**{row['verdict']}**")
         lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
+    return "\n".join(lines)
+
+
+def sweep_table(figures: Mapping[str, Any]) -> str:
+    """Regret at the end of the stream of every rule and u (the `figures` of the claim `regret`), in markdown."""
+    last = figures["last"]
+    swept = [label.split(" u=") for label in last if " u=" in label]
+    sizes = sorted({u for _, u in swept}, key=float)
+    lines = ["| rule | " + " | ".join(f"u = {u}" for u in sizes) + " |", "|---|" + "---:|" * len(sizes)]
+    for name in dict.fromkeys(name for name, _ in swept):
+        lines.append(f"| `{name}` | " + " | ".join(f"{last[f'{name} u={u}']:.3g}" for u in sizes) + " |")
+    for name in ("quantile", "adaptive"):
+        lines.append(f"| `{name}`, no u | {last[name]:.3g} |" + " |" * (len(sizes) - 1))
     return "\n".join(lines)
 
 

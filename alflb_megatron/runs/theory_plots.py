@@ -96,8 +96,8 @@ def balance(figures: Mapping[str, Any]) -> Figure:
 
 
 def convexity(figures: Mapping[str, Any]) -> Figure:
-    """The modulus over the distance from the optimum, and under heavy-tailed preferences."""
-    figure, (left, right) = _canvas(2)
+    """The modulus over the distance from the optimum, under heavy-tailed preferences, and the ties it is read from."""
+    figure, (left, right, last) = _canvas(3, width=14.0)
     balls = figures["balls"]
     radius = [row["radius"] for row in balls]
     left.plot(radius, [row["modulus"] for row in balls], "o-", color=COLOURS[2], label="mu")
@@ -115,6 +115,13 @@ def convexity(figures: Mapping[str, Any]) -> Figure:
     right.set(yscale="log", xlabel="tail index of the experts' preferences (Pareto)", ylabel="mu per token")
     right.set_title("Heavy-tailed preferences", fontsize=11)
     right.legend(frameon=False)
+    ties = figures["ties"]
+    last.step(ties["gap"], ties["density"], where="mid", color=COLOURS[2], label="sample")
+    last.plot(0, ties["at_zero"], "D", color=COLOURS[1], label="trace H, by quadrature", clip_on=False)
+    last.axvspan(0, ties["near"], color=COLOURS[0], alpha=0.25, label="near ties")
+    last.set(xlabel="gap between a token's K-th and next", ylabel="density", xlim=(0, None), ylim=(0, None))
+    last.set_title("Ties, from which mu is estimated", fontsize=11)
+    last.legend(frameon=False)
     return figure
 
 

@@ -75,6 +75,7 @@ class _Session:
         )
         self.first = dist.get_rank() == 0
         self.dp_rank = parallel_state.get_data_parallel_rank()
+        self.first_of_stage = self.dp_rank == 0 and parallel_state.get_tensor_model_parallel_rank() == 0
         self.pp_group = parallel_state.get_pipeline_model_parallel_group()
         self.folder = Path(job.folder)
         self.validation_batches = max(1, job.validation_sequences // job.global_batch_size)
@@ -138,12 +139,17 @@ class _Session:
     def _train(self, progress: Any) -> Path | None:
         saved: Path | None = None
         recorder = self._recorder() if self.job.record_scores else None
+        certifier = self._certifier() if self.job.certify else None
         for step in range(self.start + 1, self.job.steps + 1):
             began = time.perf_counter()
+            if certifier is not None:
+                certifier.begin(step)
             figures = self._step(step)
             if recorder is not None:
                 recorder.write(step)
             record = self._gathered(figures)
+            if certifier is not None and step % self.job.certify == 0:
+                record["certificates"] = self._certificates(certifier, progress, step)
             if self.record is not None:
                 seconds = time.perf_counter() - began
                 record |= {"seconds": seconds, "tokens_per_second": record["tokens"] / seconds}
@@ -169,6 +175,26 @@ class _Session:
             ranks=dist.get_world_size(),
             steps=min(self.job.record_scores, self.job.steps - self.start),
         )
+
+    def _certifier(self) -> Any:
+        from alflb_megatron.runs.certifier import Certifier
+
+        balancer = self.trainee.balancer
+        # every rank of a pipeline stage holds the same biases: one of them is enough
+        routers = dict(zip(balancer.layers, balancer.seats, strict=True)) if self.first_of_stage else {}
+        return Certifier(routers, self.plan.shape.topk, self.job.certify)
+
+    def _certificates(self, certifier: Any, progress: Any, step: int) -> list[dict[str, Any]]:
+        """The certificates of all layers, where they are written; rank 0 says the layer that is farthest off."""
+        rows = sorted(self._over_stages(certifier.finish()), key=lambda row: row["layer"])
+        if rows:
+            worst = max(rows, key=lambda row: row["gap"])
+            u = "none" if worst["harmonic_step"] is None else f"{worst['harmonic_step']:.2g}"
+            progress.note(
+                f"step {step}: layer {worst['layer']} is {worst['gap']:.2e} of score a token from its best bias; "
+                f"mu {worst['modulus']:.2e}, so u/n needs u of {u} or more"
+            )
+        return rows
 
     def _step(self, step: int) -> dict[str, Any]:
         """One global batch: forward, backward, update of weights and biases."""

@@ -1,7 +1,7 @@
 """What can be said, with proof, of one layer's routing at one step, from a sample of its scores.
 
-The dual of the sample at the bias the layer used, the exact optimum of the same sample with its proof, and the curvature
-there: how far the bias is from the best one, in score per token, and which step sizes the curvature recommends.
+The dual of the sample at the bias the layer used, the exact optimum of the same sample with its proof, and the
+curvature there: how far the bias is from the best one, in score per token, and which step sizes follow.
 """
 
 from __future__ import annotations

@@ -9,6 +9,7 @@ from benchmarks import balance, report
 
 def test_the_pages_are_those_of_the_results() -> None:
     assert (report.DOCS / "benchmarks.md").read_text(encoding="utf-8") == report.page(), "run `make docs`"
+    assert (report.DOCS / "theory.md").read_text(encoding="utf-8") == report.theory_page(), "run `make docs`"
     assert (report.DOCS / "rules.md").read_text(encoding="utf-8") == report.rules_page(), "run `make docs`"
 
 

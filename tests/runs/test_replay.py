@@ -329,7 +329,7 @@ def _tapped() -> dict[str, Any]:
 
     with ranks.model_parallel():
         router, seen = _router(), []
-        router.score_tap = seen.append
+        router.score_taps = (seen.append,)
         logits = torch.randn(6, 2, SMALL["num_experts"], requires_grad=True)
         padding = torch.zeros(6, 2, dtype=torch.bool)
         padding[4:, 1] = True
@@ -337,7 +337,7 @@ def _tapped() -> dict[str, Any]:
         router.eval()
         router.routing(logits)
         router.train()
-        router.score_tap = None
+        router.score_taps = ()
         router.routing(logits)
         (scores,) = seen
         expected = torch.sigmoid(logits.detach().view(12, -1)[~padding.view(-1)])

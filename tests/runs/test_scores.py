@@ -207,7 +207,7 @@ def test_a_score_that_is_not_finite_is_named_by_step_and_layer(tmp_path: Path, v
 class Router:
     """What a `Recorder` needs of a router."""
 
-    score_tap: Any = None
+    score_taps: Any = ()
 
 
 def record(folder: Path, rank: int, ranks: int, steps: list[dict[int, Tensor]], first: int = 1, topk: int = 2) -> None:
@@ -217,10 +217,10 @@ def record(folder: Path, rank: int, ranks: int, steps: list[dict[int, Tensor]], 
     for step, layers in enumerate(steps, first):
         for layer, rows in layers.items():
             for part in rows.split(2):  # micro-batches
-                routers[layer].score_tap(part)
+                routers[layer].score_taps[0](part)
         recorder.write(step)
     recorder.write(first + len(steps))  # one more than was asked for: nothing happens
-    assert all(router.score_tap is None for router in routers.values())
+    assert all(router.score_taps == () for router in routers.values())
 
 
 def test_ranks_are_joined_in_their_order(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Iterator
 
 import pytest
@@ -25,7 +26,9 @@ from alflb_megatron.theory.problem import AssignmentProblem, Optimum
 SMALL = {
     "lagrangian": LagrangianChange(tokens=256, steps=150, seeds=2),
     "preference": Preference(tokens=256, steps=100, seeds=2),
-    "balance": ApproximateBalance(shapes=((200, 8, 2),), instances=2, step_sizes=(1e-1, 1e-3), batches=(512,), steps=80),
+    "balance": ApproximateBalance(
+        shapes=((200, 8, 2),), instances=2, step_sizes=(1e-1, 1e-3), batches=(512,), steps=80
+    ),
     "structure": Structure(tokens=128, instances=6),
     "convexity": StrongConvexity(directions=3, tails=(1.5,), seeds=1, samples=30_000),
     "regret": Regret(stream=Stream(seeds=10), steps=256),
@@ -49,7 +52,7 @@ def test_a_claim_holds_as_stated(name: str) -> None:
     finding = SMALL[name].check(lambda done, of: seen.append((done, of)))
     assert failing(finding) == [] and finding.sound
     assert len(finding.rows) >= 2 and finding.figures
-    assert seen[-1][0] == seen[-1][1] and all(a[0] <= b[0] for a, b in zip(seen, seen[1:], strict=False))
+    assert seen[-1][0] == seen[-1][1] and all(a[0] <= b[0] for a, b in itertools.pairwise(seen))
 
 
 # -- planted violations --------------------------------------------------------------------------------------------

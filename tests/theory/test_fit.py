@@ -10,7 +10,9 @@ import pytest
 from alflb_megatron.theory import fit
 
 
-def curves(rate: Callable[[np.ndarray], np.ndarray], noise: float = 0.05, seeds: int = 24, steps: int = 4096) -> np.ndarray:
+def curves(
+    rate: Callable[[np.ndarray], np.ndarray], noise: float = 0.05, seeds: int = 24, steps: int = 4096
+) -> np.ndarray:
     """Cumulative sums of noisy increments [seeds, steps]."""
     n = np.arange(1, steps + 1)
     drawn = np.random.default_rng(0).gamma(1 / noise**2, noise**2, size=(seeds, 1))

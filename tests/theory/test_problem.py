@@ -31,7 +31,9 @@ def enumerated(problem: AssignmentProblem) -> float:
     return best
 
 
-@pytest.mark.parametrize(("tokens", "experts", "topk"), [(4, 2, 1), (6, 3, 1), (6, 3, 2), (4, 4, 1), (4, 4, 2), (6, 2, 1)])
+@pytest.mark.parametrize(
+    ("tokens", "experts", "topk"), [(4, 2, 1), (6, 3, 1), (6, 3, 2), (4, 4, 1), (4, 4, 2), (6, 2, 1)]
+)
 @pytest.mark.parametrize("seed", range(3))
 def test_every_solver_finds_the_enumerated_optimum(tokens: int, experts: int, topk: int, seed: int) -> None:
     problem = random_problem(tokens, experts, topk, seed)

@@ -12,7 +12,7 @@ import torch
 from scipy import stats
 
 from alflb_megatron.theory.claims import Claim, Finding, Progress, Row, Verdict, holds_if, register
-from alflb_megatron.theory.curvature import IndependentScores, Moduli, moduli, near_ties
+from alflb_megatron.theory.curvature import IndependentScores, Moduli, laplacian, moduli, near_ties
 from alflb_megatron.theory.problem import zero_sum
 
 
@@ -92,7 +92,7 @@ class StrongConvexity(Claim):
             heavy.append(self._preferences(tail))
             if progress is not None:
                 progress(len(self.radii) + at + 1, work)
-        exact, sampled = self._from_samples()
+        exact, sampled, ties = self._from_samples()
         if progress is not None:
             progress(work, work)
         below = max(b["bound"] - b["modulus"] for b in balls)
@@ -146,7 +146,7 @@ class StrongConvexity(Claim):
                     holds_if(near),
                 ),
             ],
-            {"balls": balls, "heavy": heavy},
+            {"balls": balls, "heavy": heavy, "ties": ties},
         )
 
     def _ball(self, radius: float) -> dict[str, float]:
@@ -175,8 +175,17 @@ class StrongConvexity(Claim):
             )
         return min(rows, key=lambda row: row["without_bias"])
 
-    def _from_samples(self) -> tuple[Moduli, Moduli]:
+    def _from_samples(self) -> tuple[Moduli, Moduli, dict[str, Any]]:
+        """mu exactly and from near ties, and how densely the gaps between K-th and (K+1)-th lie."""
         model = normal_experts(self.experts, self.topk, np.linspace(-0.5, 0.5, self.experts).tolist())
         best = model.optimum()
-        h, _ = near_ties(model.sample(self.samples, seed=4), best, share=0.05)
-        return moduli(model.weights(best)), moduli(h)
+        problem, weights = model.sample(self.samples, seed=4), model.weights(best)
+        h, near = near_ties(problem, best, share=0.05)
+        counts, edges = np.histogram(problem.gaps(best).numpy(), bins=60, range=(0.0, 1.5))
+        ties = {
+            "gap": ((edges[:-1] + edges[1:]) / 2).tolist(),
+            "density": (counts / problem.tokens / np.diff(edges)).tolist(),
+            "at_zero": float(torch.trace(laplacian(weights))),  # of all pairs, in either order
+            "near": near,
+        }
+        return moduli(weights), moduli(h), ties
