@@ -10,8 +10,8 @@ from torch import Tensor
 
 from alflb_megatron.theory.certificate import certify
 
-SAMPLE = 2048
-"""Tokens of a sample: the first that the rank routes in the step."""
+SAMPLE = 16_384
+"""Tokens of a sample at the most: the first that the rank routes in the step."""
 
 
 class Certifier:
@@ -39,7 +39,7 @@ class Certifier:
                 return
             if not parts:
                 self._bias[layer] = router.expert_bias.detach().to("cpu", copy=True)
-            parts.append(scores_TE[:left].to("cpu", torch.float64, copy=True))
+            parts.append(scores_TE[:left].to("cpu", torch.float32, copy=True))
 
         return tap
 

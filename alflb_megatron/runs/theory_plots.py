@@ -133,19 +133,16 @@ def regret(figures: Mapping[str, Any]) -> Figure:
     for colour, label in zip(COLOURS, around, strict=False):
         _curve(left, curves[label], colour, label.removeprefix("u/n, "))
     steps = np.array(curves[around[0]]["step"], dtype=float)
-    left.set(xscale="log", yscale="log", xlabel="N", ylabel="expected regret, score per token")
+    slope = figures["growth"]["u/n, u = 1/mu"]["log_slope"]
+    level = figures["last"]["u/n, u = 1/mu"] + slope * np.log(steps / steps[-1])
+    left.plot(steps[steps >= 8], level[steps >= 8], "--", color="black", linewidth=1.0, label="a + b ln N, for 1/mu")
+    left.plot(steps[-1], figures["bound"], "v", color="black", label="bound for 1/mu", clip_on=False)
+    left.set(xscale="log", yscale="log", xlabel="N", ylabel="regret against p*, score per token")
     left.set_title("u/n, u in units of 1/mu", fontsize=11)
-    last = figures["last"]
-    best = [
-        min((label for label in curves if label.startswith(f"{name} u=")), key=lambda label: last[label])
-        for name in ("sign", "proportional", "sqrt", "harmonic")
-    ]
-    for colour, label in zip(COLOURS, [*best, "quantile", "adaptive"], strict=False):
-        _curve(middle, curves[label], colour, label)
-    for power, name in ((0.5, "sqrt N"), (1.0, "N")):
-        level = 0.02 * (steps / steps[0]) ** power
-        middle.plot(steps, level, ":", color="black", linewidth=0.8)
-        middle.annotate(name, (steps[-1], level[-1]), fontsize=8)
+    shown = [*figures["best"].values(), "quantile", "adaptive"]
+    for colour, label in zip(COLOURS, shown, strict=False):
+        found = figures["growth"][label]["exponent"]
+        _curve(middle, curves[label], colour, f"{label}: N^{found:.2f}" if found > 0.1 else label)
     middle.set(xscale="log", yscale="log", xlabel="N")
     middle.set_title("Each rule at its best u of the sweep", fontsize=11)
     for colour, (label, curve) in zip(COLOURS, figures["dynamic"].items(), strict=False):

@@ -189,10 +189,9 @@ class _Session:
         rows = sorted(self._over_stages(certifier.finish()), key=lambda row: row["layer"])
         if rows:
             worst = max(rows, key=lambda row: row["gap"])
-            u = "none" if worst["harmonic_step"] is None else f"{worst['harmonic_step']:.2g}"
+            u = "" if worst["harmonic_step"] is None else f"; u/n needs a u of about {worst['harmonic_step']:.2g}"
             progress.note(
-                f"step {step}: layer {worst['layer']} is {worst['gap']:.2e} of score a token from its best bias; "
-                f"mu {worst['modulus']:.2e}, so u/n needs u of {u} or more"
+                f"step {step}: layer {worst['layer']} is {worst['gap']:.2e} of score a token from its best bias{u}"
             )
         return rows
 

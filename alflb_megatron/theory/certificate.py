@@ -6,19 +6,25 @@ curvature there: how far the bias is from the best one, in score per token, and 
 
 from __future__ import annotations
 
-import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from torch import Tensor
 
 from alflb_megatron import metrics
-from alflb_megatron.theory.curvature import moduli, near_ties
+from alflb_megatron.theory.curvature import Moduli, moduli, near_ties
 from alflb_megatron.theory.oracles import minimum_cost_flow
 from alflb_megatron.theory.problem import AssignmentProblem
 
-NEAR = 0.1
-"""Share of the sample's tokens whose last place counts as nearly tied."""
+SOLVED = 2048
+"""Tokens that the optimum is searched for; the curvature is estimated from the whole sample."""
+
+TIES = 64
+"""Near ties an expert that the curvature is estimated from. The graph of N near ties is a random one: its smallest
+eigenvalue comes out too low, and its largest too high, by a share of about 2 / sqrt(2 N / E)."""
+
+LARGEST_SHARE = 0.3
+"""Of the tokens, that may count as nearly tied; where that gives fewer than `TIES`, no curvature is said."""
 
 
 @dataclass(frozen=True)
@@ -26,8 +32,9 @@ class Certificate:
     """Values are per token, in score units; step sizes in the unit of the rules: score per relative violation."""
 
     tokens: int
+    """That the optimum was solved for."""
     maxvio: float
-    """Of the sample, under the bias."""
+    """Of these, under the bias."""
     dual: float
     """D(p) / T at the bias."""
     optimum: float
@@ -40,15 +47,17 @@ class Certificate:
     """Tokens tied at the optimum; at most E - 1 in generic scores (docs/theory.md, claim 3)."""
     distance: float
     """max |p - p*| over the experts, both zero-sum; p* need not be the only optimum."""
-    modulus: float
-    """mu: smallest curvature of D / T on the zero-sum subspace at the bias, from near ties; 0 where the sample does not
-    show that every expert competes with every other, if through others."""
-    largest: float
-    """The largest curvature."""
+    sample: int
+    """Tokens that the curvature was estimated from."""
+    modulus: float | None
+    """mu: smallest curvature of D / T on the zero-sum subspace at the bias, from near ties: up to a quarter too low by
+    the estimate's own noise. None where the sample holds too few near ties; 0 where some experts do not compete."""
+    largest: float | None
+    """The largest curvature, up to a quarter too high."""
     harmonic_step: float | None
-    """u of u / n that the logarithmic bound asks for at the least: K / (E mu). None where mu is 0."""
+    """u of u / n that the logarithmic bound asks for at the least: K / (E mu). None where mu is 0 or not known."""
     largest_step: float | None
-    """u from which on the proportional rule overshoots: 2 K / (E largest). None where no two experts compete."""
+    """u from which on the proportional rule overshoots: 2 K / (E largest). None where that is not known."""
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -57,17 +66,15 @@ class Certificate:
 def certify(scores_TE: Tensor, topk: int, bias_E: Tensor) -> Certificate:
     """The certificate of a sample of T tokens: scores [T, E] before the bias, and the bias [E] they were routed with.
 
-    ValueError for scores that are not finite, and where topk = E, which leaves nothing to choose.
+    The optimum is that of the first `SOLVED` tokens. ValueError for scores that are not finite, and where topk = E,
+    which leaves nothing to choose.
     """
-    problem = AssignmentProblem(scores_TE, topk)
-    bias_E = bias_E.double()
-    h_EE, _ = near_ties(problem, bias_E, NEAR)
+    sample, bias_E = AssignmentProblem(scores_TE, topk), bias_E.double()
+    curved = _curvature(sample, bias_E)
+    problem = AssignmentProblem(scores_TE[:SOLVED], topk)
     found = minimum_cost_flow(problem, bias_E)
-    curved = moduli(h_EE)
     share, tokens = topk / problem.experts, problem.tokens
     away_E = bias_E - bias_E.mean() - found.bias
-    # eigenvalues below rounding are zero: the graph of near ties falls apart
-    smallest = curved.smallest if curved.smallest > 1e-9 * curved.largest else 0.0
     return Certificate(
         tokens=tokens,
         maxvio=float(metrics.max_vio(problem.gradient(bias_E) + problem.load)),
@@ -77,8 +84,17 @@ def certify(scores_TE: Tensor, topk: int, bias_E: Tensor) -> Certificate:
         proof=abs(found.gap) / tokens,
         tied=problem.tied(found.bias),
         distance=float(away_E.abs().max()),
-        modulus=smallest,
-        largest=curved.largest,
-        harmonic_step=share / smallest if smallest > 0 else None,
-        largest_step=2 * share / curved.largest if curved.largest > 0 and math.isfinite(curved.largest) else None,
+        sample=sample.tokens,
+        modulus=curved.smallest if curved else None,
+        largest=curved.largest if curved else None,
+        harmonic_step=share / curved.smallest if curved and curved.smallest > 0 else None,
+        largest_step=2 * share / curved.largest if curved and curved.largest > 0 else None,
     )
+
+
+def _curvature(sample: AssignmentProblem, bias_E: Tensor) -> Moduli | None:
+    """None where the sample has too few near ties: small, or scores so coarse that they are tied exactly."""
+    wanted = TIES * sample.experts / 2 / sample.tokens
+    h_EE, near = near_ties(sample, bias_E, min(wanted, LARGEST_SHARE))
+    counted = float(h_EE.sum()) * near * sample.tokens  # h sums to 2 N / (2 near T)
+    return moduli(h_EE) if counted >= 0.99 * TIES * sample.experts / 2 else None

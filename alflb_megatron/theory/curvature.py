@@ -16,6 +16,7 @@ For independent scores with densities f_k and distribution functions F_k:
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -29,8 +30,11 @@ from alflb_megatron.theory.problem import AssignmentProblem, zero_sum
 
 Array = NDArray[np.float64]
 
+ROUNDING = 1e-12
+"""Eigenvalues below so much of the largest are rounding errors."""
+
 NODES = 2001
-"""Of the quadrature, by default: the trapezoid rule, at its best for smooth integrands that vanish at both ends."""
+"""Of the quadrature, at the least: the trapezoid rule, at its best for smooth integrands that vanish at both ends."""
 
 
 class Distribution(Protocol):
@@ -55,7 +59,8 @@ class IndependentScores:
         p = bias_E.double().numpy()
         low = min(float(d.ppf(self.tail)) + b for d, b in zip(self.experts, p, strict=True))
         high = max(float(d.ppf(1 - self.tail)) + b for d, b in zip(self.experts, p, strict=True))
-        z = np.linspace(low, high, self.nodes)
+        narrowest = min(float(d.ppf(0.75)) - float(d.ppf(0.25)) for d in self.experts)
+        z = np.linspace(low, high, max(self.nodes, math.ceil(20 * (high - low) / narrowest)))
         density = np.stack([d.pdf(z - b) for d, b in zip(self.experts, p, strict=True)])
         above = np.stack([1 - d.cdf(z - b) for d, b in zip(self.experts, p, strict=True)])
         return z, density, above
@@ -137,20 +142,24 @@ def near_ties(problem: AssignmentProblem, bias_E: Tensor, share: float = 0.1) ->
 
     The `share` of tokens with the smallest gap between K-th and (K+1)-th are taken; each says that its two experts
     compete. With gap d: h_kl = (tokens whose pair is k, l in either order) / (2 d T), the density of s_k + p_k - s_l -
-    p_l at zero averaged over [-d, d]. No distribution is assumed, and scores may depend on one another. ValueError
-    where K = E.
+    p_l at zero averaged over [-d, d]. No distribution is assumed, and scores may depend on one another. The average is
+    a little below the density at zero, the more so the larger the share. Exact ties (a coarse dtype, equal scores) say
+    nothing about a density and are left out; h is zero where nothing is left. ValueError where K = E.
     """
     experts = problem.experts
     if problem.topk == experts:
         raise ValueError("with topk = experts there is no choice, and no curvature")
     top_TJ, index_TJ = (problem.scores + bias_E).topk(problem.topk + 1, dim=1)
     gaps_T = top_TJ[:, -2] - top_TJ[:, -1]
-    wanted = max(1, min(problem.tokens, round(share * problem.tokens)))
-    near = float(gaps_T.kthvalue(wanted).values)
-    pairs_2N = index_TJ[gaps_T <= near, -2:].t()
     h = torch.zeros(experts, experts, dtype=torch.float64)
+    open_T = gaps_T > 1e-12 * top_TJ.abs().max().clamp(min=1e-30)
+    wanted = min(int(open_T.sum()), max(1, round(share * problem.tokens)))
+    if wanted == 0:
+        return h, 0.0
+    near = float(gaps_T[open_T].kthvalue(wanted).values)
+    pairs_2N = index_TJ[open_T & (gaps_T <= near), -2:].t()
     h.index_put_((pairs_2N[0], pairs_2N[1]), torch.ones((), dtype=torch.float64), accumulate=True)
-    return (h + h.t()) / (2 * max(near, 1e-300) * problem.tokens), near
+    return (h + h.t()) / (2 * near * problem.tokens), near
 
 
 # -- the matrix --------------------------------------------------------------------------------------------------------
@@ -166,7 +175,7 @@ class Moduli:
     """What the curvature allows: all in units of one token's dual."""
 
     smallest: float
-    """mu: the smallest eigenvalue of H on {sum v = 0}; D / T is mu-strongly convex there."""
+    """mu: the smallest eigenvalue of H on {sum v = 0}; D / T is mu-strongly convex there. 0 below `ROUNDING`."""
     largest: float
     """The largest: a gradient step on D / T beyond 2 / largest makes it rise."""
     bound: float
@@ -178,4 +187,5 @@ def moduli(weights_EE: Tensor) -> Moduli:
     experts = weights_EE.shape[0]
     values = torch.linalg.eigvalsh(laplacian(weights_EE))  # ascending; the first is that of (1, .., 1), zero
     off = weights_EE[~torch.eye(experts, dtype=torch.bool)]
-    return Moduli(max(0.0, float(values[1])), float(values[-1]), experts * float(off.min()))
+    smallest, largest = float(values[1]), float(values[-1])
+    return Moduli(smallest if smallest > ROUNDING * largest else 0.0, largest, experts * float(off.min()))

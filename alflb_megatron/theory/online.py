@@ -1,13 +1,13 @@
 """Rules against a stream of batches, many seeds at once: what the claims on regret measure.
 
-Every step draws T fresh tokens with independent normal scores around the experts' means; f_n(p) is the dual of that
-batch per token, (1/T) sum_i TopKSum(s_i + p) - (K/E) sum p. The experts differ in their means m alone, so the expected
-dual is least at p* = -m (zero-sum) and its Hessian there is that of equal experts, whatever m.
+Every step draws T fresh tokens with independent normal scores; f_n(p) is the dual of that batch per token, (1/T) sum_i
+TopKSum(s_i + p) - (K/E) sum p. Means m differ from seed to seed and only shift scores, so the expected dual is least at
+p* = p0 - m, p0 that of the same experts without means, and its Hessian at p* is the same for every seed.
 
-Regret of a step is measured as f_n(p_n) - f_n(p*) - g_n (p_n - p*), g_n a subgradient of f_n at p*. As p_n is set
+Regret against p* is measured as f_n(p_n) - f_n(p*) - g_n (p_n - p*), g_n a subgradient of f_n at p*. As p_n is set
 before the batch is seen and E g_n = 0, the last term is zero on average: the same expectation without its noise, and
-never negative, because f_n is convex. The best fixed p in hindsight does better than p* by min over p, which is
-(1/2) tr(H^+ Cov g_n) on average, a constant (`StreamOutcome.hindsight`).
+never negative, because f_n is convex. The best fixed p in hindsight does better than p*: to leading order in N by
+(1/2) tr(H^+ Cov g_n) on average, which does not grow (`StreamOutcome.hindsight`).
 """
 
 from __future__ import annotations
@@ -18,12 +18,14 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from scipy.stats import norm
 from torch import Tensor
 
 from alflb_megatron import margins
 from alflb_megatron.margins import BINS
 from alflb_megatron.rules import Rule, Stats
-from alflb_megatron.theory.curvature import laplacian
+from alflb_megatron.theory.curvature import IndependentScores, Moduli, laplacian, moduli
+from alflb_megatron.theory.oracles import minimum_cost_flow
 from alflb_megatron.theory.problem import AssignmentProblem, zero_sum
 
 
@@ -38,6 +40,12 @@ class Stream:
     spread: float = 0.5
     """Standard deviation of the experts' means."""
     drift: float = 0.0
+    widths: tuple[float, ...] = ()
+    """Standard deviation of each expert's scores; 1 where none are given."""
+
+    def model(self) -> IndependentScores:
+        """The experts without their means."""
+        return IndependentScores([norm(scale=width) for width in self.widths or (1.0,) * self.experts], self.topk)
 
 
 @dataclass
@@ -92,11 +100,14 @@ class StreamOutcome:
     hindsight: float
     """By how much, on average, the best fixed p in hindsight beats p*: to be added to every curve."""
     exact_hindsight: float | None
-    """The same, solved exactly on each seed's whole stream; None where it was not asked for."""
+    """The same, measured: each seed's first `solved` steps as one assignment problem, its optimum proved."""
+    solved: int
     gradient: dict[str, NDArray[np.float64]]
     """label -> E |g_n|^2 at p_n, mean over the seeds [N]."""
     farthest: dict[str, float]
     """label -> the largest |p_n - p*| of any seed and step."""
+    moduli: Moduli
+    """Of the expected dual at p*."""
 
 
 @torch.no_grad()
@@ -104,19 +115,21 @@ def run(
     stream: Stream,
     players: Mapping[str, Rule],
     steps: int,
-    weights_EE: Tensor,
-    exact: bool = False,
+    solve: int = 0,
     progress: Callable[[int, int], None] | None = None,
     seed: int = 0,
 ) -> StreamOutcome:
     """Runs every rule over the same `steps` batches of each seed.
 
     Args:
-        weights_EE: h at p* (`curvature.IndependentScores.weights`), for the value of hindsight.
-        exact: also solve each seed's whole stream; it is kept in memory. Not with drift.
+        solve: so many first steps are kept and solved as one problem, for the value of hindsight. Not with drift.
     """
     seeds, tokens, experts, topk = stream.seeds, stream.tokens, stream.experts, stream.topk
     generator = torch.Generator().manual_seed(seed)
+    model = stream.model()
+    base_E = model.optimum()
+    weights_EE = model.weights(base_E)
+    width_E = torch.tensor(stream.widths or (1.0,) * experts, dtype=torch.float64)
     means_SE = stream.spread * torch.randn(seeds, experts, generator=generator, dtype=torch.float64)
     runners = {
         label: _Runner(rule, torch.zeros(seeds, experts), rule.init(seeds, experts)) for label, rule in players.items()
@@ -124,18 +137,17 @@ def run(
     excess = {label: torch.zeros(seeds, steps, dtype=torch.float64) for label in players}
     farthest = dict.fromkeys(players, 0.0)
     squared = {label: torch.zeros(steps, dtype=torch.float64) for label in players}
-    outer_EE, summed_SE = torch.zeros(experts, experts, dtype=torch.float64), torch.zeros_like(means_SE)
+    outer_EE = torch.zeros(experts, experts, dtype=torch.float64)
     kept: list[Tensor] = []
     best_value_S = torch.zeros(seeds, dtype=torch.float64)
     for n in range(1, steps + 1):
-        scores_STE = torch.randn(seeds, tokens, experts, generator=generator, dtype=torch.float64) + means_SE[:, None]
-        best_SE = -zero_sum(means_SE)
+        noise_STE = torch.randn(seeds, tokens, experts, generator=generator, dtype=torch.float64)
+        scores_STE = noise_STE * width_E + means_SE[:, None]
+        best_SE = base_E - zero_sum(means_SE)
         top_STK, index_STK = (scores_STE + best_SE[:, None]).topk(topk, dim=-1)
         value_S = top_STK.sum((1, 2)) / tokens
         gradient_SE = _loads(index_STK, experts).double() / tokens - topk / experts
         outer_EE += gradient_SE.t() @ gradient_SE / (seeds * steps)
-        summed_SE += gradient_SE
-        best_value_S += value_S
         for label, runner in runners.items():
             bias_SE = runner.bias_SE.double()
             played_S, squared_S = runner.step(scores_STE, topk, n)
@@ -143,27 +155,28 @@ def run(
             away_SE = bias_SE - best_SE
             excess[label][:, n - 1] = played_S - value_S - (gradient_SE * away_SE).sum(1)
             farthest[label] = max(farthest[label], float(away_SE.norm(dim=1).max()))
-        if exact:
+        if n <= solve:
             kept.append(scores_STE)
+            best_value_S += value_S
         if stream.drift:
             means_SE = means_SE + stream.drift * torch.randn(seeds, experts, generator=generator, dtype=torch.float64)
         if progress is not None and (n % 16 == 0 or n == steps):
             progress(n, steps)
     inverse_EE = torch.linalg.pinv(laplacian(weights_EE), hermitian=True, rtol=1e-9)
     exact_hindsight = None
-    if exact:
-        from alflb_megatron.theory.oracles import near_optimum
-
+    if solve:
         gains = []
         for at in range(seeds):
             whole = AssignmentProblem(torch.cat([step_STE[at] for step_STE in kept]), topk)
-            least = whole.dual(near_optimum(whole, -zero_sum(means_SE[at])))
-            gains.append(float(best_value_S[at]) - least / tokens)
+            found = minimum_cost_flow(whole, best_SE[at])
+            gains.append(float(best_value_S[at]) - found.value / tokens)
         exact_hindsight = float(np.mean(gains))
     return StreamOutcome(
         {label: rows.cumsum(1).numpy() for label, rows in excess.items()},
         float(torch.trace(inverse_EE @ outer_EE)) / 2,
         exact_hindsight,
+        min(solve, steps),
         {label: row.numpy() for label, row in squared.items()},
         farthest,
+        moduli(weights_EE),
     )

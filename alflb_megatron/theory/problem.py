@@ -101,12 +101,15 @@ class AssignmentProblem:
         return top_TJ[:, -2] - top_TJ[:, -1]
 
     def tied(self, bias_E: Tensor, tolerance: float = 1e-9) -> int:
-        """How many tokens could take another K experts at no loss: gap at most `tolerance`."""
-        return int((self.gaps(bias_E) <= tolerance).sum())
+        """How many tokens could take another K experts at no loss: gap at most `tolerance`, relative to the scores."""
+        return int((self.gaps(bias_E) <= tolerance * self._size(bias_E)).sum())
+
+    def _size(self, bias_E: Tensor) -> float:
+        return max(1.0, float((self.scores + bias_E).abs().max()))
 
     def load_range(self, bias_E: Tensor, tolerance: float = 1e-9) -> tuple[Tensor, Tensor]:
         """The least and the most load of each expert under any way of breaking the ties, int64 [E] each."""
-        ranked_TE = self.scores + bias_E
+        ranked_TE, tolerance = self.scores + bias_E, tolerance * self._size(bias_E)
         top_TJ = ranked_TE.topk(min(self.topk + 1, self.experts), dim=1).values
         last_T1, next_T1 = top_TJ[:, self.topk - 1 : self.topk], top_TJ[:, -1:]
         possible_TE = ranked_TE >= last_T1 - tolerance

@@ -88,6 +88,14 @@ def test_a_step_of_the_wrong_sign_is_found() -> None:
     assert failing(dataclasses.replace(SMALL["lagrangian"], iterate=_wrong_sign).check())
 
 
+def test_a_step_too_large_is_told_from_one_that_is_not() -> None:
+    verdicts = {}
+    for step_size in (1e-5, 1.0):
+        finding = LagrangianChange(tokens=256, steps=60, seeds=1, step_size=step_size).check()
+        verdicts[step_size] = {row.statement: row.verdict for row in finding.rows}["every step lowers the Lagrangian"]
+    assert verdicts == {1e-5: claims.Verdict.HOLDS, 1.0: claims.Verdict.CONDITIONAL}
+
+
 def test_a_step_too_large_raises_the_lagrangian() -> None:
     problem = random_problem(256, 8, 2, seed=0)
     start = torch.zeros(8, dtype=torch.float64)
@@ -132,9 +140,11 @@ def test_a_wrong_hessian_is_found() -> None:
 
 def test_regret_that_grows_faster_than_a_logarithm_is_found() -> None:
     """A constant step, passed off as u/n."""
-    planted = {"constant": rules.make("proportional", step_size=0.3)}
-    found = failing(dataclasses.replace(SMALL["regret"], planted=planted).check())
-    assert "with u >= 1/mu the regret of u/n grows no faster than log N" in found
+    planted = {"constant": rules.make("proportional", step_size=0.3), "sqrt": rules.make("sqrt", step_size=0.75)}
+    for label, rule in planted.items():
+        found = failing(dataclasses.replace(SMALL["regret"], enough={label: rule}).check())
+        assert "with u >= 1/mu(p*) the regret of u/n grows no faster than log N" in found, label
+        assert "a + b ln N fits it better than a + b sqrt N" in found, label
 
 
 def test_too_few_samples_do_not_give_the_modulus() -> None:

@@ -13,7 +13,8 @@ from scipy import stats
 
 from alflb_megatron.theory.claims import Claim, Finding, Progress, Row, Verdict, holds_if, register
 from alflb_megatron.theory.curvature import IndependentScores, Moduli, laplacian, moduli, near_ties
-from alflb_megatron.theory.problem import zero_sum
+from alflb_megatron.theory.oracles import minimum_cost_flow
+from alflb_megatron.theory.problem import AssignmentProblem, zero_sum
 
 
 def normal_experts(
@@ -92,10 +93,11 @@ class StrongConvexity(Claim):
             heavy.append(self._preferences(tail))
             if progress is not None:
                 progress(len(self.radii) + at + 1, work)
+        gated = [self._gated(preference) for preference in (0.0, 3.0, 6.0)]
         exact, sampled, ties = self._from_samples()
         if progress is not None:
             progress(work, work)
-        below = max(b["bound"] - b["modulus"] for b in balls)
+        below = max(b["excess"] for b in balls)
         over = max(b["modulus"] / b["ceiling"] for b in balls if b["radius"] > 0)
         worst = min(heavy, key=lambda row: row["without_bias"])
         fall = balls[0]["modulus"] / balls[-1]["modulus"]
@@ -118,25 +120,32 @@ class StrongConvexity(Claim):
                     holds_if(all(b["modulus"] > 0 for b in balls)),
                 ),
                 Row(
-                    "mu > 0 on the whole zero-sum subspace",
-                    "never: the gradient is bounded, so mu <= sqrt(K (1 - K/E)) / |p|",
-                    f"mu falls {fall:.0e} times to |p| = {max(self.radii):g}; at most {over:.2f} of the ceiling",
-                    "the ceiling",
-                    Verdict.CONDITIONAL if over <= 1 else Verdict.FAILS,
+                    "on |p| <= R mu is at most sqrt(K (1 - K/E)) / R: none holds on the whole subspace",
+                    "the gradient is bounded; normal scores",
+                    f"at most {over:.2f} of it; mu falls {fall:.0e} times to |p| = {max(self.radii):g}",
+                    "1",
+                    holds_if(over <= 1),
                 ),
                 Row(
-                    "mu has a lower bound without a bias, whatever the experts' preferences",
-                    f"counter-example: normal scores around Pareto({worst['tail']:g}) preferences, p = 0",
-                    f"mu down to {worst['without_bias']:.1e}, E min h {worst['bound_without_bias']:.1e}",
-                    "none above 0",
-                    Verdict.CONDITIONAL,
+                    "there is a lower bound on mu without a bias, whatever the experts' preferences",
+                    f"p = 0; normal scores around Pareto({worst['tail']:g}) preferences that span {worst['span']:.0f}",
+                    f"mu {_tiny(worst['without_bias'])}, E min h {_tiny(worst['bound_without_bias'])}",
+                    "counter-example: as near 0 as one likes",
+                    Verdict.CONDITIONAL if worst["without_bias"] < 1e-6 * balls[0]["modulus"] else Verdict.HOLDS,
                 ),
                 Row(
-                    "at the optimum mu does not see preferences: p* cancels them",
+                    "at the optimum mu does not see preferences that only shift scores: p* cancels them",
                     f"the same scores at p*, |p*| up to {max(row['distance'] for row in heavy):.0f}",
                     f"mu(p*) from {min(at_optimum):.3f} to {max(at_optimum):.3f}",
                     f"{balls[0]['modulus']:.3f}, as without preferences",
                     holds_if(all(abs(mu / balls[0]["modulus"] - 1) < 0.01 for mu in at_optimum)),
+                ),
+                Row(
+                    "nor preferences of any other kind",
+                    "counter-example: they act before a sigmoid gate, the bias after it; largest eigenvalue / mu at p*",
+                    ", ".join(f"{row['condition']:.1f} at preference {row['preference']:g}" for row in gated),
+                    "1, as without preferences",
+                    Verdict.CONDITIONAL if gated[-1]["condition"] > 2 * gated[0]["condition"] else Verdict.HOLDS,
                 ),
                 Row(
                     "near ties of a sample give mu",
@@ -146,7 +155,7 @@ class StrongConvexity(Claim):
                     holds_if(near),
                 ),
             ],
-            {"balls": balls, "heavy": heavy, "ties": ties},
+            {"balls": balls, "heavy": heavy, "gated": gated, "ties": ties},
         )
 
     def _ball(self, radius: float) -> dict[str, float]:
@@ -154,7 +163,8 @@ class StrongConvexity(Claim):
         found = around(normal_experts(self.experts, self.topk), radius, self.directions)
         least = min(found, key=lambda m: m.smallest)
         ceiling = math.sqrt(self.topk * (1 - self.topk / self.experts)) / radius if radius else math.inf
-        return {"radius": radius, "modulus": least.smallest, "bound": least.bound, "ceiling": ceiling}
+        return {"radius": radius, "modulus": least.smallest, "bound": least.bound, "ceiling": ceiling,
+                "excess": max(m.bound - m.smallest for m in found)}  # fmt: skip
 
     def _preferences(self, tail: float) -> dict[str, float]:
         """What preferences of that tail do to mu, before any bias and at the optimum; the worst of the seeds."""
@@ -167,6 +177,7 @@ class StrongConvexity(Claim):
             rows.append(
                 {
                     "tail": tail,
+                    "span": max(means) - min(means),
                     "without_bias": start.smallest,
                     "bound_without_bias": start.bound,
                     "at_optimum": moduli(model.weights(best)).smallest,
@@ -174,6 +185,20 @@ class StrongConvexity(Claim):
                 }
             )
         return min(rows, key=lambda row: row["without_bias"])
+
+    def _gated(self, preference: float) -> dict[str, float]:
+        """Sigmoid scores of experts whose logits are liked from -preference to preference."""
+        generator = torch.Generator().manual_seed(5)
+        logits = torch.randn(self.samples, self.experts, generator=generator, dtype=torch.float64)
+        liked = preference * torch.linspace(-1, 1, self.experts, dtype=torch.float64)
+        problem = AssignmentProblem(torch.sigmoid(logits + liked), self.topk)
+        h, _ = near_ties(problem, minimum_cost_flow(problem).bias, share=0.05)
+        found = moduli(h)
+        return {
+            "preference": preference,
+            "modulus": found.smallest,
+            "condition": found.largest / max(found.smallest, 1e-12),
+        }
 
     def _from_samples(self) -> tuple[Moduli, Moduli, dict[str, Any]]:
         """mu exactly and from near ties, and how densely the gaps between K-th and (K+1)-th lie."""
@@ -189,3 +214,7 @@ class StrongConvexity(Claim):
             "near": near,
         }
         return moduli(weights), moduli(h), ties
+
+
+def _tiny(value: float) -> str:
+    return f"{value:.1e}" if value > 0 else "0 to rounding"

@@ -21,7 +21,8 @@ class Preference(Claim):
 
     Before the step s_k + p_k >= s_k' + p_k', after it s_k' + p'_k' >= s_k + p'_k; add the two. Under the sign rule the
     bias of overloaded experts falls by u, that of underloaded ones rises by u, so tokens go from overloaded to
-    underloaded experts, or one of the two is balanced.
+    underloaded experts, or one of the two is balanced. Equality, dp_k' = dp_k, needs a tie both before and after, so
+    scores without exact ties.
     """
 
     name: ClassVar[str] = "preference"
@@ -85,7 +86,7 @@ class Preference(Claim):
                 ),
                 Row(
                     "under the sign rule tokens leave overloaded experts for underloaded ones",
-                    "or one of the two is exactly balanced",
+                    "or one of the two is exactly balanced; scores without exact ties",
                     f"{counts[0]:,} over to under, {counts[1] + counts[2]:,} with a balanced one, {counts[3]:,} other",
                     "0 other",
                     holds_if(int(counts[3]) == 0 and switches > 0),
