@@ -110,7 +110,8 @@ def convexity(figures: Mapping[str, Any]) -> Figure:
     left.legend(frameon=False)
     heavy = sorted(figures["heavy"], key=lambda row: row["tail"])
     tails = [row["tail"] for row in heavy]
-    right.plot(tails, [max(row["without_bias"], 1e-20) for row in heavy], "o-", color=COLOURS[1], label="p = 0")
+    right.plot(tails, [max(row["without_bias"], 1e-13) for row in heavy], "o-", color=COLOURS[1],
+               label="p = 0 (1e-13 stands for 0)")  # fmt: skip
     right.plot(tails, [row["at_optimum"] for row in heavy], "o-", color=COLOURS[2], label="at the optimum p*")
     right.set(yscale="log", xlabel="tail index of the experts' preferences (Pareto)", ylabel="mu per token")
     right.set_title("Heavy-tailed preferences", fontsize=11)
