@@ -1,11 +1,13 @@
 """The tables of docs/theory.md: `alflb theory --full`, its figures kept beside those of the other benchmarks.
 
-python -m benchmarks.theory        (about a quarter of an hour on one core)
+python -m benchmarks.theory               (about a quarter of an hour on one core)
+python -m benchmarks.theory structure     that claim again, the others as they were
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 from pathlib import Path
 
 import torch
@@ -17,11 +19,17 @@ from benchmarks import machine
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("claims", nargs="*")
     parser.add_argument("--out", type=Path, default=machine.RESULTS / "theory.json")
-    out = parser.parse_args().out
+    arguments = parser.parse_args()
+    out = arguments.out
     torch.set_num_threads(1)
-    results = theory.measure(full=True)
-    results["machine"] = machine.describe()
+    results = theory.measure(arguments.claims, full=True)
+    if arguments.claims:
+        before = json.loads(out.read_text(encoding="utf-8"))
+        results = {**before, "claims": {**before["claims"], **results["claims"]}}
+    else:
+        results["machine"] = machine.describe()
     write_json(out, results)
     print(theory.format_table(results))
 

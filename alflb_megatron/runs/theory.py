@@ -122,15 +122,20 @@ def markdown_table(claim: Mapping[str, Any]) -> str:
 
 
 def sweep_table(figures: Mapping[str, Any]) -> str:
-    """Regret at the end of the stream of every rule and u (the `figures` of the claim `regret`), in markdown."""
-    last = figures["last"]
+    """Regret at the end of the stream of every rule and u, and its exponent of growth, in markdown.
+
+    From the `figures` of the claim `regret`.
+    """
+    last = {
+        label: f"{value:.3g} ({figures['growth'][label]['exponent']:.2f})" for label, value in figures["last"].items()
+    }
     swept = [label.split(" u=") for label in last if " u=" in label]
     sizes = sorted({u for _, u in swept}, key=float)
     lines = ["| rule | " + " | ".join(f"u = {u}" for u in sizes) + " |", "|---|" + "---:|" * len(sizes)]
     for name in dict.fromkeys(name for name, _ in swept):
-        lines.append(f"| `{name}` | " + " | ".join(f"{last[f'{name} u={u}']:.3g}" for u in sizes) + " |")
+        lines.append(f"| `{name}` | " + " | ".join(last[f"{name} u={u}"] for u in sizes) + " |")
     for name in ("quantile", "adaptive"):
-        lines.append(f"| `{name}`, no u | {last[name]:.3g} |" + " |" * (len(sizes) - 1))
+        lines.append(f"| `{name}`, no u | {last[name]} |" + " |" * (len(sizes) - 1))
     return "\n".join(lines)
 
 
