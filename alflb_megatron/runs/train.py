@@ -148,10 +148,10 @@ class _Session:
             if recorder is not None:
                 recorder.write(step)
             record = self._gathered(figures)
+            seconds = time.perf_counter() - began
             if certifier is not None and step % self.job.certify == 0:
                 record["certificates"] = self._certificates(certifier, progress, step)
             if self.record is not None:
-                seconds = time.perf_counter() - began
                 record |= {"seconds": seconds, "tokens_per_second": record["tokens"] / seconds}
                 self.record.append(record)
                 progress.step(record)
