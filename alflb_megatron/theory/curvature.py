@@ -24,6 +24,7 @@ from typing import Protocol
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from scipy.integrate import trapezoid
 from torch import Tensor
 
 from alflb_megatron.theory.problem import AssignmentProblem, zero_sum
@@ -72,7 +73,7 @@ class IndependentScores:
         for k in range(len(self.experts)):
             others = np.delete(above, k, axis=0)
             at_most = counts_above(others)[: self.topk].sum(axis=0)  # fewer than K of the others above z
-            shares.append(np.trapezoid(density[k] * at_most, z))
+            shares.append(trapezoid(density[k] * at_most, z))
         return torch.from_numpy(np.array(shares))
 
     def weights(self, bias_E: Tensor) -> Tensor:
@@ -86,7 +87,7 @@ class IndependentScores:
             for other in range(k + 1, experts):
                 others = np.delete(above, (k, other), axis=0)
                 exactly = counts_above(others)[self.topk - 1]
-                h[k, other] = h[other, k] = np.trapezoid(density[k] * density[other] * exactly, z)
+                h[k, other] = h[other, k] = trapezoid(density[k] * density[other] * exactly, z)
         return torch.from_numpy(h)
 
     def optimum(self, bias_E: Tensor | None = None, tolerance: float = 1e-12, steps: int = 200) -> Tensor:
