@@ -114,6 +114,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except SettingError as error:
         if error.seen_by_one_rank or os.environ.get("RANK", "0") == "0":
             print(f"alflb: {error}", file=sys.stderr)
+        launch.leave_if_rank(2)
         return 2
     except KeyboardInterrupt:
         return 130
