@@ -190,10 +190,8 @@ def resolve(job: Mapping[str, Any], shape: Mapping[str, Any], alf: Mapping[str, 
         plan = Plan(settings, model, from_mapping(ALFConfig, {**alf, "rule": settings.rule}, PREFIX), None)
     _check_split(plan.job, plan.shape)
     _check_parts(plan.job, plan.shape)
-    if plan.job.certify and plan.alf is not None and plan.alf.score_unit != "score":
-        raise SettingError(
-            "--certify", plan.job.certify, f"needs --{PREFIX}score-unit score, not {plan.alf.score_unit}"
-        )
+    if plan.job.certify:
+        _check_certify(plan)
     return plan
 
 
@@ -288,14 +286,17 @@ def _check_split(job: Job, shape: ModelShape) -> None:
         )
 
 
-def _check_certify(job: Job, shape: ModelShape) -> None:
+def _check_certify(plan: Plan) -> None:
     """Whether the dual of the assignment problem is that of this routing."""
-    if job.rule in UNBALANCED:
+    job, shape, alf = plan.job, plan.shape, plan.alf
+    if alf is None:
         raise SettingError("--certify", job.certify, f"needs a rule of ours, not {job.rule}")
     if shape.group_topk:
         raise SettingError("--certify", job.certify, "needs routing over all experts, without --group-topk")
     if shape.topk == shape.num_experts:
         raise SettingError("--certify", job.certify, "needs --topk below --num-experts: there is nothing to choose")
+    if alf.score_unit != "score":
+        raise SettingError("--certify", job.certify, f"needs --{PREFIX}score-unit score, not {alf.score_unit}")
     try:
         import scipy  # noqa: F401
     except ImportError:
@@ -312,8 +313,6 @@ def _check_parts(job: Job, shape: ModelShape) -> None:
             job.record_scores,
             f"needs a rule of ours, not {job.rule}; to record without balancing give one and --{PREFIX}frozen",
         )
-    if job.certify:
-        _check_certify(job, shape)
     if shape.gate == "softmax" and shape.topk == 1 and not shape.pre_softmax:
         raise SettingError("--topk", 1, "needs --pre-softmax with --gate softmax: over one logit it gives 1 always")
     if job.aux_loss_coeff == 0 and job.aux_loss_type != "aux_loss":

@@ -73,14 +73,14 @@ def certify(scores_TE: Tensor, topk: int, bias_E: Tensor) -> Certificate:
     curved = _curvature(sample, bias_E)
     problem = AssignmentProblem(scores_TE[:SOLVED], topk)
     found = minimum_cost_flow(problem, bias_E)
-    share, tokens = topk / problem.experts, problem.tokens
+    share, tokens, dual = topk / problem.experts, problem.tokens, problem.dual(bias_E)
     away_E = bias_E - bias_E.mean() - found.bias
     return Certificate(
         tokens=tokens,
         maxvio=float(metrics.max_vio(problem.gradient(bias_E) + problem.load)),
-        dual=problem.dual(bias_E) / tokens,
+        dual=dual / tokens,
         optimum=found.value / tokens,
-        gap=max(0.0, problem.dual(bias_E) - found.dual) / tokens,
+        gap=max(0.0, dual - found.dual) / tokens,
         proof=abs(found.gap) / tokens,
         tied=problem.tied(found.bias),
         distance=float(away_E.abs().max()),

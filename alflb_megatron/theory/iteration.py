@@ -53,6 +53,10 @@ class Step:
         return -float(self.move @ self.gradient)
 
 
+Iterate = Callable[[AssignmentProblem, Move, Tensor, int], Iterator[Step]]
+"""Problem, move, bias to begin with, number of steps -> the steps; `iterate`, or what a test plants in its place."""
+
+
 def iterate(problem: AssignmentProblem, move: Move, bias_E: Tensor, steps: int) -> Iterator[Step]:
     """`steps` steps from `bias_E`."""
     bias_E = bias_E.double()

@@ -117,6 +117,14 @@ class AssignmentProblem:
         return certain_TE.sum(dim=0), possible_TE.sum(dim=0)
 
 
+def random_problem(tokens: int, experts: int, topk: int, seed: int, preference: float = 0.5) -> AssignmentProblem:
+    """Sigmoid scores of experts that are not equally liked: logits normal(0, 1) plus normal(0, preference^2) each."""
+    generator = torch.Generator().manual_seed(seed)
+    liked_E = preference * torch.randn(experts, generator=generator, dtype=torch.float64)
+    logits_TE = torch.randn(tokens, experts, generator=generator, dtype=torch.float64) + liked_E
+    return AssignmentProblem(torch.sigmoid(logits_TE), topk)
+
+
 def zero_sum(bias_E: Tensor) -> Tensor:
     """The projection of p [..., E] on {sum p = 0}, where the dual's minimum can be unique: D(p + c 1) = D(p)."""
     return bias_E - bias_E.mean(dim=-1, keepdim=True)

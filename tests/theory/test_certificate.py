@@ -7,9 +7,9 @@ import torch
 
 from alflb_megatron.theory.certificate import certify
 from alflb_megatron.theory.claims.convexity import normal_experts
-from alflb_megatron.theory.claims.lagrangian import random_problem
 from alflb_megatron.theory.curvature import moduli, near_ties
 from alflb_megatron.theory.oracles import minimum_cost_flow
+from alflb_megatron.theory.problem import random_problem
 
 
 def test_at_the_optimum_the_gap_is_zero_and_elsewhere_it_is_what_the_dual_says() -> None:

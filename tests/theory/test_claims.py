@@ -14,14 +14,14 @@ from alflb_megatron import rules
 from alflb_megatron.theory import claims, iteration, oracles
 from alflb_megatron.theory.claims.balance import ApproximateBalance
 from alflb_megatron.theory.claims.convexity import StrongConvexity
-from alflb_megatron.theory.claims.lagrangian import LagrangianChange, largest_step, random_problem
+from alflb_megatron.theory.claims.lagrangian import LagrangianChange, largest_step
 from alflb_megatron.theory.claims.preference import Preference
 from alflb_megatron.theory.claims.regret import Regret
 from alflb_megatron.theory.claims.structure import Structure
 from alflb_megatron.theory.curvature import IndependentScores, laplacian
 from alflb_megatron.theory.iteration import Move, Step
 from alflb_megatron.theory.online import Stream
-from alflb_megatron.theory.problem import AssignmentProblem, Optimum
+from alflb_megatron.theory.problem import AssignmentProblem, Optimum, random_problem
 
 SMALL = {
     "lagrangian": LagrangianChange(tokens=256, steps=150, seeds=2),

@@ -12,8 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from alflb_megatron.theory import oracles
-from alflb_megatron.theory.claims.lagrangian import random_problem
-from alflb_megatron.theory.problem import AssignmentProblem, zero_sum
+from alflb_megatron.theory.problem import AssignmentProblem, random_problem, zero_sum
 
 
 def enumerated(problem: AssignmentProblem) -> float:

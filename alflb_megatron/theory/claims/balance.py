@@ -12,9 +12,8 @@ import torch
 
 from alflb_megatron.theory import curvature, iteration
 from alflb_megatron.theory.claims import Claim, Finding, Progress, Row, Verdict, holds_if, register
-from alflb_megatron.theory.claims.lagrangian import random_problem
 from alflb_megatron.theory.oracles import minimum_cost_flow
-from alflb_megatron.theory.problem import AssignmentProblem, Optimum
+from alflb_megatron.theory.problem import AssignmentProblem, Optimum, random_problem
 
 BAND = (16, 2)
 """Experts and K of the runs of a constant step."""

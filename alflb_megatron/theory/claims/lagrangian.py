@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -11,18 +10,8 @@ from torch import Tensor
 
 from alflb_megatron.theory import curvature, iteration
 from alflb_megatron.theory.claims import Claim, Finding, Progress, Row, Verdict, holds_if, register
-from alflb_megatron.theory.iteration import Move, Step
-from alflb_megatron.theory.problem import AssignmentProblem
-
-Iterate = Callable[[AssignmentProblem, Move, Tensor, int], Iterator[Step]]
-
-
-def random_problem(tokens: int, experts: int, topk: int, seed: int, preference: float = 0.5) -> AssignmentProblem:
-    """Sigmoid scores of experts that are not equally liked: logits normal(0, 1) plus normal(0, preference^2) each."""
-    generator = torch.Generator().manual_seed(seed)
-    liked_E = preference * torch.randn(experts, generator=generator, dtype=torch.float64)
-    logits_TE = torch.randn(tokens, experts, generator=generator, dtype=torch.float64) + liked_E
-    return AssignmentProblem(torch.sigmoid(logits_TE), topk)
+from alflb_megatron.theory.iteration import Iterate
+from alflb_megatron.theory.problem import AssignmentProblem, random_problem
 
 
 def largest_step(problem: AssignmentProblem, bias_E: Tensor, direction_E: Tensor, relative: float = 1e-6) -> float:
@@ -97,14 +86,14 @@ class LagrangianChange(Claim):
         too_large = 0
         for seed in range(self.seeds):
             problem = random_problem(self.tokens, self.experts, self.topk, seed)
-            first = problem.gradient(torch.zeros(self.experts, dtype=torch.float64))
+            start_E = torch.zeros(self.experts, dtype=torch.float64)
             moves = {
                 "sign": iteration.sign(self.step_size),
-                "proportional": iteration.proportional(self.step_size / float(first.abs().max())),
+                "proportional": iteration.proportional(self.step_size / float(problem.gradient(start_E).abs().max())),
             }
-            scale = max(1.0, abs(problem.dual(torch.zeros(self.experts, dtype=torch.float64))))
+            scale = max(1.0, abs(problem.dual(start_E)))
             for rule, move in moves.items():
-                for step in self.iterate(problem, move, torch.zeros(self.experts, dtype=torch.float64), self.steps):
+                for step in self.iterate(problem, move, start_E, self.steps):
                     change = step.lagrangian_after - step.lagrangian_before
                     worst_identity = max(worst_identity, abs(change - (step.gained - step.paid)) / scale)
                     least_gain = min(least_gain, step.gained / scale)

@@ -9,7 +9,8 @@ import torch
 
 from alflb_megatron.theory import iteration
 from alflb_megatron.theory.claims import Claim, Finding, Progress, Row, holds_if, register
-from alflb_megatron.theory.claims.lagrangian import Iterate, random_problem
+from alflb_megatron.theory.iteration import Iterate
+from alflb_megatron.theory.problem import random_problem
 
 CLASSES = ("overloaded to underloaded", "overloaded to balanced", "balanced to underloaded", "any other")
 

@@ -14,9 +14,8 @@ from alflb_megatron import rules
 from alflb_megatron.margins import BINS
 from alflb_megatron.rules import Rule, Stats
 from alflb_megatron.theory.claims import Claim, Finding, Progress, Row, holds_if, register
-from alflb_megatron.theory.claims.lagrangian import random_problem
 from alflb_megatron.theory.curvature import IndependentScores, laplacian
-from alflb_megatron.theory.problem import AssignmentProblem, zero_sum
+from alflb_megatron.theory.problem import AssignmentProblem, random_problem, zero_sum
 
 
 def mixed_experts(experts: int, topk: int) -> IndependentScores:
@@ -28,10 +27,6 @@ def mixed_experts(experts: int, topk: int) -> IndependentScores:
         nodes=20_001,
         tail=1e-7,
     )
-
-
-def _gradient(problem: AssignmentProblem, bias_E: Tensor) -> Tensor:
-    return problem.gradient(bias_E)
 
 
 def _hessian(model: IndependentScores, bias_E: Tensor) -> Tensor:
@@ -55,7 +50,7 @@ class Structure(Claim):
     experts: int = 12
     topk: int = 3
     instances: int = 20
-    gradient: Callable[[AssignmentProblem, Tensor], Tensor] = _gradient
+    gradient: Callable[[AssignmentProblem, Tensor], Tensor] = AssignmentProblem.gradient
     hessian: Callable[[IndependentScores, Tensor], Tensor] = _hessian
 
     @classmethod
