@@ -10,6 +10,7 @@ differ: "9 MoE layers" and "the first FFN is dense" make 10 layers; the fork has
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from alflb_megatron.settings import SettingError, check, knob
 
@@ -80,6 +81,44 @@ class ModelShape:
     def moe_layer_freq(self) -> list[int]:
         """1 for an MoE layer, 0 for a dense one, in order (Megatron-Core's `moe_layer_freq`)."""
         return [0] * self.num_dense_layers + [1] * (self.num_layers - self.num_dense_layers)
+
+    def transformer_fields(self) -> dict[str, Any]:
+        """The shape as fields of Megatron-Core's `TransformerConfig`, all but its activation (SiLU, gated)."""
+        fields: dict[str, Any] = {
+            "num_layers": self.num_layers,
+            "hidden_size": self.hidden_size,
+            "num_attention_heads": self.num_heads,
+            "ffn_hidden_size": self.ffn_hidden_size,
+            "moe_ffn_hidden_size": self.moe_ffn_hidden_size,
+            "num_moe_experts": self.num_experts,
+            "moe_router_topk": self.topk,
+            "moe_shared_expert_intermediate_size": self.num_shared_experts * self.moe_ffn_hidden_size or None,
+            "moe_layer_freq": self.moe_layer_freq,
+            "moe_router_score_function": self.gate,
+            "moe_router_pre_softmax": self.pre_softmax,
+            "moe_router_topk_scaling_factor": self.topk_scaling_factor,
+            "moe_router_num_groups": self.num_groups,
+            "moe_router_group_topk": self.group_topk,
+            "normalization": "RMSNorm",
+            "layernorm_epsilon": self.norm_eps,
+            "gated_linear_unit": True,
+            "add_bias_linear": False,
+            "init_method_std": self.init_std,
+            "attention_dropout": 0.0,
+            "hidden_dropout": 0.0,
+        }
+        if self.mtp_layers:
+            fields["mtp_num_layers"] = self.mtp_layers
+        return fields
+
+    def embedding_fields(self) -> dict[str, Any]:
+        """The rest of the shape, in the names that Megatron-Bridge's and NeMo's GPT configurations share."""
+        return {
+            "seq_length": self.seq_length,
+            "position_embedding_type": "rope",
+            "rotary_base": self.rope_base,
+            "share_embeddings_and_output_weights": False,
+        }
 
     def parameters(self, active_only: bool = False) -> int:
         """Number of parameters, of the main model without MTP layers; with `active_only` those one token uses.

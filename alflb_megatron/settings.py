@@ -111,6 +111,11 @@ def check(config: Any, prefix: str = "", flag_for: Callable[[str], str] | None =
 def _read(text: str, kind: type, flag: str, optional: bool) -> Any:
     if optional and text.lower() == "none":
         return None
+    if kind is bool:
+        words = {"true": True, "1": True, "false": False, "0": False}
+        if text.lower() not in words:
+            raise SettingError(flag, text, "must be true or false")
+        return words[text.lower()]
     try:
         return kind(text)
     except ValueError:
@@ -150,6 +155,29 @@ def given_flags(namespace: argparse.Namespace, cls: type, prefix: str = "") -> d
             value = values[dest]
             given[field.name] = _read(value, kind, flag, optional) if isinstance(value, str) else value
     return given
+
+
+def given_environment(environment: Mapping[str, str], cls: type, prefix: str) -> dict[str, Any]:
+    """The knobs of `cls` that are set in `environment` as `PREFIX_NAME`, by field name; an empty text is not a value.
+
+    Raises `SettingError` on a bad text and on a name that begins with the prefix and is no knob: it would be ignored.
+    """
+    names = {variable_of(field.name, prefix): (field.name, kind, optional) for field, _, kind, optional in knobs(cls)}
+    given = {}
+    for variable, text in environment.items():
+        if not variable.startswith(variable_of("", prefix)):
+            continue
+        if variable not in names:
+            raise SettingError(variable, text, f"no such setting; there are {', '.join(names)}")
+        if text:
+            name, kind, optional = names[variable]
+            given[name] = _read(text, kind, variable, optional)
+    return given
+
+
+def variable_of(name: str, prefix: str = "") -> str:
+    """`step_size` with prefix `alflb-` is the environment variable `ALFLB_STEP_SIZE`."""
+    return (prefix + name).replace("-", "_").upper()
 
 
 def from_mapping(cls: type[T], values: Mapping[str, Any], prefix: str = "") -> T:

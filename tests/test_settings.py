@@ -11,7 +11,7 @@ import pytest
 from alflb_megatron.config import PREFIX, ALFConfig, parse_options
 from alflb_megatron.models import ModelShape
 from alflb_megatron.runs.job import Job
-from alflb_megatron.settings import SettingError, add_flags, given_flags, knobs
+from alflb_megatron.settings import SettingError, add_flags, given_environment, given_flags, knobs
 
 ROOT = Path(__file__).parent.parent
 
@@ -79,3 +79,27 @@ def test_the_reference_pages_are_what_the_code_states() -> None:
     spec.loader.exec_module(generate)
     for name, page in generate.PAGES.items():
         assert (ROOT / "docs" / name).read_text(encoding="utf-8") == page(), f"docs/{name}: run `make docs`"
+
+
+def test_the_environment_sets_knobs_too() -> None:
+    given = {
+        "ALFLB_RULE": "sqrt",
+        "ALFLB_STEP_SIZE": "0.5",
+        "ALFLB_CENTRING": "false",
+        "ALFLB_RULE_OPTIONS": "",
+        "X": "1",
+    }
+    assert given_environment(given, ALFConfig, PREFIX) == {"rule": "sqrt", "step_size": 0.5, "centring": False}
+
+
+@pytest.mark.parametrize(
+    ("given", "text"),
+    [
+        ({"ALFLB_STEP": "1"}, "ALFLB_STEP=1: no such setting; there are ALFLB_RULE, ALFLB_STEP_SIZE"),
+        ({"ALFLB_STEP_SIZE": "fast"}, "ALFLB_STEP_SIZE=fast: must be of type float"),
+        ({"ALFLB_FROZEN": "maybe"}, "ALFLB_FROZEN=maybe: must be true or false"),
+    ],
+)
+def test_a_wrong_variable_is_named(given: dict[str, str], text: str) -> None:
+    with pytest.raises(SettingError, match=text):
+        given_environment(given, ALFConfig, PREFIX)

@@ -226,7 +226,8 @@ class _Patch:
 
 
 _enabled: ALFConfig | None = None
-_patches: list[_Patch] = []
+_building: list[_Patch] = []
+_updating: list[_Patch] = []
 _finalizing = False
 """Whether finalize_model_grads has begun and not yet come to its last step."""
 
@@ -235,10 +236,8 @@ def enable(alf: ALFConfig | None = None, **settings: Any) -> ALFConfig:
     """Turns ALF-LB on for every Megatron-Core model built after this call. Returns the settings in force.
 
     `enable(rule="sign", step_size=1e-3)` or `enable(ALFConfig(...))`. Calling it again with the same settings changes
-    nothing. Four attributes of Megatron-Core are replaced and marked `__alflb__`: `MoELayer.__init__` (the router it
-    builds), two names that `finalize_model_grads` looks up when it begins and when the gradients are reduced (so that
-    it does not matter who imported that function, or when), and the load of a torch_dist checkpoint (our state may be
-    absent from it).
+    nothing. One attribute of Megatron-Core is replaced and marked `__alflb__`, `MoELayer.__init__` (the router it
+    builds), and those of `update_everywhere`.
 
     Raises:
         SettingError: a setting that cannot work.
@@ -250,26 +249,43 @@ def enable(alf: ALFConfig | None = None, **settings: Any) -> ALFConfig:
         if wanted != _enabled:
             raise RuntimeError(f"ALF-LB is enabled already with {_enabled}; call alflb_megatron.disable() first")
         return _enabled
-    try:
-        for owner, name, wrap in (
-            (MoELayer, "__init__", _building_our_router),
-            (_finalize_module, "get_model_config", _launching),
-            (_finalize_module, "reset_model_temporary_tensors", _committing),
-            (torch_dist.TorchDistLoadShardedStrategy, "load", _tolerating_absent_state),
-        ):
-            _patches.append(_Patch(owner, name, wrap))
-    except BaseException:
-        disable()
-        raise
+    update_everywhere()
+    _building.append(_Patch(MoELayer, "__init__", _building_our_router))
     _enabled = wanted
     return wanted
 
 
+def update_everywhere() -> None:
+    """Has every `ALFRouter` of this process updated, whoever sets `finalize_model_grads_func`; twice is once.
+
+    For trainers that set it themselves. Three attributes of Megatron-Core are replaced and marked `__alflb__`: two
+    names that `finalize_model_grads` looks up when it begins and when gradients are reduced (so it does not matter
+    who imported that function, or when), and the load of a torch_dist checkpoint (our state may be absent from it). A
+    model without an `ALFRouter` is not touched.
+    """
+    if _updating:
+        return
+    try:
+        for owner, name, wrap in (
+            (_finalize_module, "get_model_config", _launching),
+            (_finalize_module, "reset_model_temporary_tensors", _committing),
+            (torch_dist.TorchDistLoadShardedStrategy, "load", _tolerating_absent_state),
+        ):
+            _updating.append(_Patch(owner, name, wrap))
+    except BaseException:
+        disable()
+        raise
+
+
 def disable() -> None:
-    """Takes `enable` back: Megatron-Core is as it was. Models built meanwhile keep their router, which stands still."""
+    """Takes `enable` and `update_everywhere` back: Megatron-Core is as it was.
+
+    Models built meanwhile keep their router, which stands still.
+    """
     global _enabled
-    while _patches:
-        _patches.pop().undo()
+    for patches in (_building, _updating):
+        while patches:
+            patches.pop().undo()
     _enabled = None
 
 
@@ -324,7 +340,7 @@ def _tolerating_absent_state(original: Callable[..., Any]) -> Callable[..., Any]
 @contextlib.contextmanager
 def absent_state_allowed() -> Iterator[None]:
     """Within the block a torch_dist checkpoint may lack state of ours, as one written by Megatron-Core alone does."""
-    patch = None if _enabled else _Patch(torch_dist.TorchDistLoadShardedStrategy, "load", _tolerating_absent_state)
+    patch = None if _updating else _Patch(torch_dist.TorchDistLoadShardedStrategy, "load", _tolerating_absent_state)
     try:
         yield
     finally:

@@ -18,6 +18,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from alflb_megatron.balancer import Balancer
 from alflb_megatron.hosts import core, cpu
+from alflb_megatron.hosts.cpu.norm import use_plain_norm
 from alflb_megatron.runs.job import Job, Plan
 from alflb_megatron.settings import SettingError
 
@@ -77,20 +78,8 @@ def transformer_config(plan: Plan) -> TransformerConfig:
         if wanted and not te:
             raise SettingError(flag, wanted, "needs CUDA and Transformer Engine")
     settings: dict[str, Any] = {
-        "num_layers": shape.num_layers,
-        "hidden_size": shape.hidden_size,
-        "num_attention_heads": shape.num_heads,
-        "ffn_hidden_size": shape.ffn_hidden_size,
-        "moe_ffn_hidden_size": shape.moe_ffn_hidden_size,
-        "num_moe_experts": shape.num_experts,
-        "moe_router_topk": shape.topk,
-        "moe_shared_expert_intermediate_size": shape.num_shared_experts * shape.moe_ffn_hidden_size or None,
-        "moe_layer_freq": shape.moe_layer_freq,
-        "moe_router_score_function": shape.gate,
-        "moe_router_pre_softmax": shape.pre_softmax,
-        "moe_router_topk_scaling_factor": shape.topk_scaling_factor,
-        "moe_router_num_groups": shape.num_groups,
-        "moe_router_group_topk": shape.group_topk,
+        **shape.transformer_fields(),
+        "activation_func": torch.nn.functional.silu,
         "moe_router_dtype": None if job.router_dtype == "model" else job.router_dtype,
         "moe_router_enable_expert_bias": plan.builtin_rate is not None,
         "moe_router_bias_update_rate": plan.builtin_rate or 0.0,
@@ -101,14 +90,6 @@ def transformer_config(plan: Plan) -> TransformerConfig:
         "moe_router_fusion": job.router_fusion,
         "moe_grouped_gemm": job.grouped_gemm,
         "moe_token_dispatcher_type": job.dispatcher,
-        "normalization": "RMSNorm",
-        "layernorm_epsilon": shape.norm_eps,
-        "gated_linear_unit": True,
-        "activation_func": torch.nn.functional.silu,
-        "add_bias_linear": False,
-        "init_method_std": shape.init_std,
-        "attention_dropout": 0.0,
-        "hidden_dropout": 0.0,
         "tensor_model_parallel_size": job.tp,
         "sequence_parallel": job.tp > 1,
         "pipeline_model_parallel_size": job.pp,
@@ -119,8 +100,6 @@ def transformer_config(plan: Plan) -> TransformerConfig:
         "params_dtype": DTYPES[job.dtype],
         "bf16": job.dtype == "bf16",
     }
-    if shape.mtp_layers:
-        settings["mtp_num_layers"] = shape.mtp_layers
     if job.vpp > 1 and job.pp == 2:
         # Megatron-Core's own condition for two interleaved stages; without it the schedule trains wrongly.
         settings |= {"overlap_p2p_comm": True, "batch_p2p_comm": False}
@@ -141,14 +120,14 @@ def gpt_model(plan: Plan, config: TransformerConfig, vp_stage: int | None = None
         config, use_transformer_engine=te, normalization="RMSNorm", vp_stage=vp_stage
     )
     if not te and config.sequence_parallel:
-        spec = cpu.use_plain_norm(spec, config)
+        spec = use_plain_norm(spec, config)
     if plan.alf is not None:
         spec = core.with_alflb(spec, plan.alf, required=False)  # a pipeline stage may hold dense layers alone
     mtp = None
     if config.mtp_num_layers:
         mtp = get_gpt_mtp_block_spec(config, spec, use_transformer_engine=te, vp_stage=vp_stage)
         if not te and config.sequence_parallel:
-            mtp = cpu.use_plain_norm(mtp, config)
+            mtp = use_plain_norm(mtp, config)
     return GPTModel(
         config=config,
         transformer_layer_spec=spec,

@@ -17,6 +17,7 @@ import torch
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
 from alflb_megatron.hosts import cpu
+from alflb_megatron.hosts.cpu import norm
 from tests.distributed import jobs, ranks
 
 
@@ -226,25 +227,25 @@ def _check_norms() -> None:
     input_BH = torch.randn(3, 8)
     for kind in ("LayerNorm", "RMSNorm"):
         config = TransformerConfig(**sizes, normalization=kind, moe_layer_freq=[0, 1])
-        theirs, ours = WrappedTorchNorm(config, 8, eps=1e-3), cpu.SequenceParallelNorm(config, 8, eps=1e-3)
+        theirs, ours = WrappedTorchNorm(config, 8, eps=1e-3), norm.SequenceParallelNorm(config, 8, eps=1e-3)
         assert torch.equal(theirs(input_BH), ours(input_BH)) and list(theirs.state_dict()) == list(ours.state_dict())
         config.sequence_parallel = True
         with pytest.raises(AssertionError, match="sequence parallel"):
             WrappedTorchNorm(config, 8)
-        assert all(p.sequence_parallel for p in cpu.SequenceParallelNorm(config, 8).parameters())
+        assert all(p.sequence_parallel for p in norm.SequenceParallelNorm(config, 8).parameters())
 
         spec = get_gpt_decoder_block_spec(config, use_transformer_engine=False, normalization=kind)
         for block in (spec, get_gpt_mtp_block_spec(config, spec, use_transformer_engine=False)):
             before = repr(block)
-            twin = cpu.use_plain_norm(block, config)
+            twin = norm.use_plain_norm(block, config)
             assert repr(block) == before and "WrappedTorchNorm" in before
             assert repr(twin) == before.replace(
-                f"{WrappedTorchNorm.__module__}.WrappedTorchNorm", f"{cpu.__name__}.SequenceParallelNorm"
+                f"{WrappedTorchNorm.__module__}.WrappedTorchNorm", f"{norm.__name__}.SequenceParallelNorm"
             )
-    assert cpu.use_plain_norm(None, config) is None
+    assert norm.use_plain_norm(None, config) is None
     config.normalization = "L2Norm"
     with pytest.raises(ValueError, match="normalization=L2Norm: must be LayerNorm or RMSNorm"):
-        cpu.SequenceParallelNorm(config, 8)
+        norm.SequenceParallelNorm(config, 8)
 
 
 def test_norms_are_pytorchs_and_marked() -> None:

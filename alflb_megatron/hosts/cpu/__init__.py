@@ -11,14 +11,14 @@ have seeded alike).
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import functools
 import importlib
+import importlib.metadata
 import logging
 import os
 import sys
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import torch
@@ -62,7 +62,7 @@ class Substitution:
     apply: Callable[[], None]
 
 
-def _put(owner: Any, name: str, replacement: Any) -> None:
+def put(owner: Any, name: str, replacement: Any) -> None:
     """Sets `owner.name`, marked, so that a second call leaves the first replacement in place."""
     current = getattr(owner, name, None)
     if not getattr(current, "_alflb_cpu", False):
@@ -71,7 +71,7 @@ def _put(owner: Any, name: str, replacement: Any) -> None:
 
 
 def _current_device() -> None:
-    _put(torch.cuda, "current_device", lambda: CPU)
+    put(torch.cuda, "current_device", lambda: CPU)
 
 
 def _device_literals() -> None:
@@ -87,9 +87,9 @@ def _device_literals() -> None:
     def cuda(self: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         return self
 
-    for name in ("tensor", "zeros", "ones", "empty_like"):
-        _put(torch, name, on_cpu(getattr(torch, name)))
-    _put(torch.Tensor, "cuda", cuda)
+    for name in ("tensor", "zeros", "ones", "empty", "rand", "full", "arange", "empty_like"):
+        put(torch, name, on_cpu(getattr(torch, name)))
+    put(torch.Tensor, "cuda", cuda)
 
 
 def _tensor_type() -> None:
@@ -99,7 +99,7 @@ def _tensor_type() -> None:
         answer = plain(self, *args, **kwargs)
         return answer.replace("torch.", "torch.cuda.", 1) if isinstance(answer, str) else answer
 
-    _put(torch.Tensor, "type", type_)
+    put(torch.Tensor, "type", type_)
 
 
 def _random_state() -> None:
@@ -114,10 +114,10 @@ def _random_state() -> None:
     def manual_seed(seed: int) -> None:
         torch.default_generator.manual_seed(seed)
 
-    _put(torch.cuda, "get_rng_state", get_state)
-    _put(torch.cuda.random, "get_rng_state", get_state)
-    _put(torch.cuda, "manual_seed", manual_seed)
-    _put(random, "_set_cuda_rng_state", set_state)
+    put(torch.cuda, "get_rng_state", get_state)
+    put(torch.cuda.random, "get_rng_state", get_state)
+    put(torch.cuda, "manual_seed", manual_seed)
+    put(random, "_set_cuda_rng_state", set_state)
 
 
 class _Stream(torch.cpu.Stream):
@@ -128,9 +128,9 @@ class _Stream(torch.cpu.Stream):
 
 
 def _streams() -> None:
-    _put(torch.cuda, "Stream", _Stream)
-    _put(torch.cuda, "current_stream", lambda device=None: torch.cpu.current_stream())
-    _put(torch.cuda, "synchronize", lambda device=None: None)
+    put(torch.cuda, "Stream", _Stream)
+    put(torch.cuda, "current_stream", lambda device=None: torch.cpu.current_stream())
+    put(torch.cuda, "synchronize", lambda device=None: None)
 
 
 def _splits() -> None:
@@ -142,7 +142,7 @@ def _splits() -> None:
         moved = plain(tensor, as_numpy=as_numpy, record_stream=record_stream)
         return moved.numpy() if as_numpy and torch.is_tensor(moved) else moved
 
-    _put(dispatcher, "maybe_move_tensor_to_cpu", move)
+    put(dispatcher, "maybe_move_tensor_to_cpu", move)
 
 
 def _uneven_shards() -> None:
@@ -174,8 +174,8 @@ def _uneven_shards() -> None:
         plain_scatter(filled, [padded(shard, input_list) for shard in input_list], op=op, group=group)
         output.copy_(filled[: len(output)])
 
-    _put(dist, "all_gather", all_gather)
-    _put(dist, "reduce_scatter", reduce_scatter)
+    put(dist, "all_gather", all_gather)
+    put(dist, "reduce_scatter", reduce_scatter)
 
 
 def _router_gemm() -> None:
@@ -207,8 +207,8 @@ def _adam_step() -> None:
         state["step"] = state["step"].clone()
         plain_set(self, model_param, {**tensors, "step": state["step"]})
 
-    _put(optimizer.DistributedOptimizer, "state_dict", state_dict)
-    _put(optimizer.DistributedOptimizer, "_set_main_param_and_optimizer_states", set_states)
+    put(optimizer.DistributedOptimizer, "state_dict", state_dict)
+    put(optimizer.DistributedOptimizer, "_set_main_param_and_optimizer_states", set_states)
 
 
 SUBSTITUTIONS: tuple[Substitution, ...] = (
@@ -295,6 +295,7 @@ def prepare(*, skip: Collection[str] = ()) -> tuple[Substitution, ...]:
                 f"call prepare() first, or set {name}={value} in the environment"
             )
         os.environ[name] = value
+    _hide_old_resiliency()
     # The generator of the CPU is the tracked one, so upstream's hint that it moved in a fork says nothing here.
     logging.getLogger("megatron.core.tensor_parallel.random").setLevel(logging.ERROR)
     applied = tuple(s for s in SUBSTITUTIONS if s.name not in skip)
@@ -303,58 +304,24 @@ def prepare(*, skip: Collection[str] = ()) -> tuple[Substitution, ...]:
     return applied
 
 
-def markdown_table() -> str:
-    """The substitutions as a table for the documentation: name, what needs it, why."""
-    rows = ["| substitution | needed by (in `megatron/core`) | why |", "|---|---|---|"]
-    for s in SUBSTITUTIONS:
+def _hide_old_resiliency() -> None:
+    """Makes Megatron-Core do without an nvidia-resiliency-ext that is too old for it.
+
+    From 0.17 on dist_checkpointing/strategies/nvrx.py:has_nvrx_async_support stops at a version below 0.6 instead, and
+    0.4.1 is the newest that Debian 12's C library can load.
+    """
+    try:
+        version = importlib.metadata.version("nvidia-resiliency-ext")
+    except importlib.metadata.PackageNotFoundError:
+        return
+    if tuple(int(part) for part in version.split(".")[:2]) < (0, 6):
+        sys.modules["nvidia_resiliency_ext.checkpointing.async_ckpt.core"] = None  # type: ignore[assignment]
+
+
+def markdown_table(substitutions: Sequence[Substitution] = SUBSTITUTIONS, where: str = "`megatron/core`") -> str:
+    """Substitutions as a table for the documentation: name, what needs it, why."""
+    rows = [f"| substitution | needed by (in {where}) | why |", "|---|---|---|"]
+    for s in substitutions:
         cited = ", ".join(f"`{place}`" for place in s.needed_by.split(", "))
         rows.append(f"| `{s.name}` | {cited} | {s.why} |")
     return "\n".join(rows)
-
-
-class SequenceParallelNorm:
-    """The norm of PyTorch that `config.normalization` names, allowed under sequence parallelism.
-
-    transformer/torch_norm.py:WrappedTorchNorm refuses sequence parallelism although PyTorch's norms do well with
-    it: each rank holds some of the tokens, so the gradients of weight and bias have to be summed over the tensor
-    parallel ranks, which distributed/finalize_model_grads.py:_allreduce_non_tensor_model_parallel_grads does for
-    parameters marked `sequence_parallel`.
-    """
-
-    def __new__(cls, config: Any, hidden_size: int, eps: float = 1e-5, **_: Any) -> torch.nn.Module:  # type: ignore[misc]
-        kinds: dict[str, type[torch.nn.Module]] = {"LayerNorm": torch.nn.LayerNorm, "RMSNorm": torch.nn.RMSNorm}
-        if config.normalization not in kinds or config.layernorm_zero_centered_gamma:
-            raise ValueError(
-                f"normalization={config.normalization}: must be LayerNorm or RMSNorm, gamma not zero-centred"
-            )
-        norm = kinds[config.normalization](hidden_size, eps=eps)
-        for parameter in norm.parameters():
-            parameter.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
-        return norm
-
-
-def use_plain_norm(block_spec: Any, config: Any) -> Any:
-    """A copy of a decoder or MTP block spec with `SequenceParallelNorm` in place of its norms.
-
-    `block_spec` is a `TransformerBlockSubmodules`, a `MultiTokenPredictionBlockSubmodules`, a `ModuleSpec`, or None
-    (a stage without MTP layers), which is returned as it is. The spec handed in is not changed.
-    """
-    torch_norm = importlib.import_module("megatron.core.transformer.torch_norm").WrappedTorchNorm
-
-    def replaced(part: Any) -> Any:
-        if part is torch_norm:
-            return SequenceParallelNorm
-        if isinstance(part, list):
-            return [replaced(item) for item in part]
-        if isinstance(part, functools.partial):
-            return functools.partial(
-                part.func, *map(replaced, part.args), **{k: replaced(v) for k, v in part.keywords.items()}
-            )
-        if dataclasses.is_dataclass(part) and not isinstance(part, type):
-            twin = copy.copy(part)
-            for field in dataclasses.fields(part):
-                object.__setattr__(twin, field.name, replaced(getattr(part, field.name)))
-            return twin
-        return part
-
-    return replaced(block_spec)
