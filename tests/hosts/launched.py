@@ -1,0 +1,23 @@
+"""Starts a host's own entry point under torchrun, and reads what it printed."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+
+def torchrun(nproc: int, *words: str, folder: Path, timeout: int = 300, **environment: str) -> str:
+    """Runs `torchrun ... WORDS` in `folder`; stdout and stderr. Raises AssertionError with both where it fails."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(nproc), "--standalone", *words]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore", **environment}
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=timeout)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
+    return done.stdout + done.stderr
+
+
+def logged(output: str, key: str) -> list[str]:
+    """What the log lines of Megatron-LM or Bridge say of `key`, one text an iteration."""
+    return re.findall(rf"\| {re.escape(key)}: (\S+) \|", output)

@@ -1,0 +1,140 @@
+"""Megatron-Bridge: its own `pretrain` trains, balances, saves and resumes what the recipes give it."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.hosts.launched import logged, torchrun
+from tests.hosts.saved import biases, tensors
+
+# Looking for `megatron.bridge` itself would import `megatron`, which is a namespace: harmless.
+pytestmark = pytest.mark.skipif(
+    importlib.util.find_spec("megatron.bridge") is None, reason="megatron-bridge is not installed (make hosts)"
+)
+
+RATE = "0.01"
+VARIANTS = {
+    "builtin": [
+        "model.alflb=null",
+        "model.moe_router_enable_expert_bias=true",
+        f"model.moe_router_bias_update_rate={RATE}",
+    ],
+    "sign": ["model.alflb.rule=sign", f"model.alflb.step_size={RATE}", "model.alflb.centring=false"],
+    "adaptive": ["model.alflb.rule=adaptive"],
+}
+
+Run = Callable[[str, int], tuple[str, Path]]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """Runs a variant once for all tests: what was printed, and the folder of its checkpoints."""
+
+    @functools.cache
+    def once(variant: str, nproc: int) -> tuple[str, Path]:
+        folder = tmp_path_factory.mktemp(f"{variant}-{nproc}")
+        return train(nproc, folder, *VARIANTS[variant]), folder / "checkpoints"
+
+    return once
+
+
+def train(nproc: int, folder: Path, *overrides: str) -> str:
+    """20 steps of the tiny recipe through its launcher, saved every 10, metrics to TensorBoard."""
+    return torchrun(
+        nproc,
+        "-m",
+        "alflb_megatron.recipes.bridge",
+        "deepseek_moe_tiny_alflb",
+        "train.train_iters=20",
+        "checkpoint.save_interval=10",
+        f"checkpoint.save={folder}/checkpoints",
+        f"checkpoint.load={folder}/checkpoints",
+        f"logger.tensorboard_dir={folder}/tensorboard",
+        *overrides,
+        folder=folder,
+    )
+
+
+def equal(first: Path, second: Path) -> bool:
+    """Whether two checkpoints hold the same tensors, bit for bit."""
+    one, other = tensors(first), tensors(second)
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+@pytest.mark.parametrize("nproc", [1, 2])
+def test_sign_gives_the_biases_of_the_built_in(run: Run, nproc: int) -> None:
+    (theirs, built_in), (ours, sign) = run("builtin", nproc), run("sign", nproc)
+    losses = logged(theirs, "lm loss")
+    assert len(losses) == 20 and losses == logged(ours, "lm loss")
+    expected, found = biases(built_in / "iter_0000020"), biases(sign / "iter_0000020")
+    assert expected.keys() == found.keys() and len(found) == 3
+    assert all(torch.equal(expected[name], found[name]) and expected[name].any() for name in expected)
+
+
+@pytest.mark.parametrize("nproc", [1, 2])
+def test_adaptive_balances_better_and_is_logged(run: Run, nproc: int) -> None:
+    vio = {}
+    for variant in VARIANTS:
+        seen = [float(value) for value in logged(run(variant, nproc)[0], "MaxVio")]
+        assert len(seen) == 20
+        vio[variant] = sum(seen[-5:]) / 5
+    assert vio["adaptive"] < 0.8 * vio["builtin"] and vio["sign"] == vio["builtin"]
+
+
+def test_a_resumed_run_is_the_uninterrupted_one(run: Run, tmp_path: Path) -> None:
+    output, uninterrupted = run("adaptive", 2)
+    half = tmp_path / "checkpoints"
+    shutil.copytree(uninterrupted / "iter_0000010", half / "iter_0000010")
+    shutil.copy(half / "iter_0000010" / "train_state.pt", half / "latest_train_state.pt")
+    (half / "latest_checkpointed_iteration.txt").write_text("10")
+    rest = train(2, tmp_path, *VARIANTS["adaptive"])
+    assert logged(rest, "lm loss") == logged(output, "lm loss")[10:]
+    assert equal(tmp_path / "checkpoints" / "iter_0000020", uninterrupted / "iter_0000020")
+
+
+def test_off_is_what_bridge_does_without_this_package(run: Run, tmp_path: Path) -> None:
+    output, off = run("builtin", 2)
+    config = str(off / "iter_0000020" / "run_config.yaml")
+    plain = torchrun(
+        2, str(Path(__file__).with_name("bridge_plain.py")), config, str(tmp_path / "checkpoints"), folder=tmp_path
+    )
+    assert logged(plain, "lm loss") == logged(output, "lm loss") and "MaxVio" not in plain
+    assert equal(tmp_path / "checkpoints" / "iter_0000020", off / "iter_0000020")
+
+
+def test_tensorboard_has_loads_and_maxvio(run: Run) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    _, checkpoints = run("adaptive", 2)
+    events = EventAccumulator(str(checkpoints.with_name("tensorboard")))
+    events.Reload()
+    for key in ("MaxVio", "MaxVio worst layer", "load max", "load min", "expert bias spread"):
+        assert len(events.Scalars(key)) == 20
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["deepseek_moe_2b"], "recipe=deepseek_moe_2b: must be one of deepseek_moe_1b_alflb"),
+        (["deepseek_moe_tiny_alflb", "model.alflb.rule=fast"], "--alflb-rule=fast: must be one of adaptive"),
+        (["deepseek_moe_tiny_alflb", "model.alflb.step=1"], "override=model.alflb.step=1: "),
+        (["deepseek_moe_tiny_alflb", "+model.alflb.step=1"], r"override=\+model.alflb.step=1: Bridge ignores it"),
+    ],
+)
+def test_a_wrong_word_ends_with_one_line(words: list[str], said: str) -> None:
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-m", "alflb_megatron.recipes.bridge", *words], capture_output=True, text=True
+    )
+    assert done.returncode == 1
+    assert re.match("alflb: " + said, done.stderr.splitlines()[-1]), done.stderr
+    assert "Traceback" not in done.stderr
