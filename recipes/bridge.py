@@ -22,11 +22,11 @@ import sys
 from typing import Any
 
 import torch
+from alflb_megatron.recipes.training import training_of
 
 from alflb_megatron.hosts.bridge import ALFGPTModelProvider, ALFLBCallback  # first: makes Bridge importable
 from alflb_megatron.hosts.cpu import SWITCHES
 from alflb_megatron.models import PRESETS
-from alflb_megatron.recipes.training import training_of
 from alflb_megatron.settings import SettingError
 
 from megatron.bridge.recipes.common import _pretrain_common  # isort: skip
@@ -122,8 +122,8 @@ def _without_cuda(cfg: ConfigContainer) -> ConfigContainer:
 def configured(recipe: str, overrides: list[str]) -> ConfigContainer:
     """The recipe with Bridge's overrides applied.
 
-    Raises `SettingError` on an unknown recipe, on an override that Bridge refuses, and on one that it would skip without
-    a word (`+field=`, `~field`).
+    Raises `SettingError` on an unknown recipe, on an override that Bridge refuses, and on one that it would skip
+    without a word (`+field=`, `~field`).
     """
     if recipe not in RECIPES:
         raise SettingError("recipe", recipe, f"must be one of {', '.join(RECIPES)}")

@@ -14,6 +14,7 @@ import dataclasses
 import functools
 import inspect
 import logging
+from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
 import torch
@@ -27,6 +28,7 @@ if not torch.cuda.is_available():
     _names = ", ".join(substitution.name for substitution in trainers.prepare_bridge())
     logging.getLogger(__name__).warning("no CUDA: Megatron-Bridge runs with substitutes for %s", _names)
 
+from megatron.bridge.models.conversion import model_bridge, peft_bridge
 from megatron.bridge.models.conversion.param_mapping import AutoMapping
 from megatron.bridge.models.gpt_provider import GPTModelProvider
 from megatron.bridge.training.callbacks import Callback, CallbackContext
@@ -35,6 +37,7 @@ from megatron.core import parallel_state
 
 from alflb_megatron.hosts.core import update_everywhere, watch, with_alflb
 from alflb_megatron.hosts.log import log_line
+from alflb_megatron.router import STATE_PREFIX
 
 Provider = TypeVar("Provider")
 
@@ -43,6 +46,22 @@ AutoMapping.register_module_type("ALFRouter", "replicated")
 if hasattr(instantiate_utils, "register_allowed_target_prefix"):
     # 0.6 builds from a checkpoint's run_config.yaml only what is on its list.
     instantiate_utils.register_allowed_target_prefix("alflb_megatron.")
+
+
+def _without_our_state(plain: Callable[..., Iterator[tuple[str, Any]]]) -> Callable[..., Iterator[tuple[str, Any]]]:
+    @functools.wraps(plain)
+    def persistent_buffers(model: Any) -> Iterator[tuple[str, Any]]:
+        for name, buffer in plain(model):
+            if not name.rpartition(".")[2].startswith(STATE_PREFIX):
+                yield name, buffer
+
+    return persistent_buffers
+
+
+# Bridge looks for every buffer's place in the Hugging Face model, and stops at one without: the bias has one
+# (`e_score_correction_bias`), what our rules remember between steps has none.
+for _module in (model_bridge, peft_bridge):
+    _module.persistent_buffers = _without_our_state(_module.persistent_buffers)
 
 
 ALFLB: Any = dataclasses.make_dataclass(

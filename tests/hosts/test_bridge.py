@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.hosts.launched import logged, torchrun
+from tests.hosts.launched import free_port, logged, torchrun
 from tests.hosts.saved import biases, tensors
 
 # Looking for `megatron.bridge` itself would import `megatron`, which is a namespace: harmless.
@@ -112,6 +112,16 @@ def test_off_is_what_bridge_does_without_this_package(run: Run, tmp_path: Path) 
     assert equal(tmp_path / "checkpoints" / "iter_0000020", off / "iter_0000020")
 
 
+def test_a_hugging_face_model_keeps_its_biases_both_ways(tmp_path: Path) -> None:
+    script = str(Path(__file__).with_name("bridge_hf.py"))
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", script, str(tmp_path), str(free_port())], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-6000:]
+    assert "biases kept: 2" in done.stdout
+    assert "router.weight" not in done.stderr and "alf_" not in done.stderr  # as weights without a place are
+
+
 def test_tensorboard_has_loads_and_maxvio(run: Run) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -137,4 +147,4 @@ def test_a_wrong_word_ends_with_one_line(words: list[str], said: str) -> None:
     )
     assert done.returncode == 1
     assert re.match("alflb: " + said, done.stderr.splitlines()[-1]), done.stderr
-    assert "Traceback" not in done.stderr
+    assert "recipes/bridge.py" not in done.stderr  # no traceback through us; Bridge 0.6 prints some of its own
