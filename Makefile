@@ -1,7 +1,8 @@
 # Everything here sets itself up: a virtual environment in this folder, torch before what depends on it, the package.
 #   make demo         train a small DeepSeekMoE without a bias, with Megatron-Core's and with ours; table and picture
 #   make test         every test
-#   make test-latest  the tests of the core and of parity on Python 3.12 and megatron-core 0.19.2
+#   make test-hosts   Megatron-Bridge 0.3.1 and NeMo 2.7.3 for real, on Python 3.11; `make hosts` only sets them up
+#   make test-latest  core, parity and Megatron-Bridge 0.6.2 on Python 3.12 and megatron-core 0.19.2; `make latest`
 #   make check        style and types
 #   make docs         the pages that are generated from the code and from the results of the benchmarks
 
@@ -9,10 +10,12 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 PYTHON_LATEST ?= python3.12
 TORCH = torch==2.13.0
 VENV = .venv
+HOSTS = .venv-hosts
 LATEST = .venv-latest
+PIP = -m pip install --quiet --disable-pip-version-check
 ARGS ?=
 
-.PHONY: demo test test-latest check docs setup clean
+.PHONY: demo test test-hosts test-latest check docs setup hosts latest clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/ready
@@ -31,22 +34,33 @@ docs: $(VENV)/ready
 	$(VENV)/bin/python docs/generate.py
 	$(VENV)/bin/python -m benchmarks.report
 
+test-hosts: $(HOSTS)/ready
+	$(HOSTS)/bin/python -m pytest tests/hosts/test_bridge.py tests/hosts/test_nemo.py tests/recipes $(ARGS)
+
 test-latest: $(LATEST)/ready
 	$(LATEST)/bin/python -m pytest tests/test_routing.py tests/test_margins.py tests/test_loads.py tests/rules tests/theory tests/hosts tests/distributed $(ARGS)
 
 setup: $(VENV)/ready
+hosts: $(HOSTS)/ready
+latest: $(LATEST)/ready
 
 $(VENV)/ready: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
-	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check '$(TORCH)'
-	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	$(VENV)/bin/python $(PIP) '$(TORCH)'
+	$(VENV)/bin/python $(PIP) --editable '.[dev]'
 	touch $@
 
-$(LATEST)/ready: pyproject.toml
+$(HOSTS)/ready: pyproject.toml requirements/hosts.txt
+	$(PYTHON) -m venv $(HOSTS)
+	$(HOSTS)/bin/python $(PIP) '$(TORCH)'
+	$(HOSTS)/bin/python $(PIP) --no-deps --requirement requirements/hosts.txt --editable .
+	touch $@
+
+$(LATEST)/ready: pyproject.toml requirements/latest.txt
 	$(PYTHON_LATEST) -m venv $(LATEST)
-	$(LATEST)/bin/python -m pip install --quiet --disable-pip-version-check '$(TORCH)'
-	$(LATEST)/bin/python -m pip install --quiet --disable-pip-version-check 'megatron-core==0.19.2' --editable '.[dev]'
+	$(LATEST)/bin/python $(PIP) '$(TORCH)'
+	$(LATEST)/bin/python $(PIP) --no-deps --requirement requirements/latest.txt --editable .
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(LATEST)
+	rm -rf $(VENV) $(HOSTS) $(LATEST)

@@ -10,6 +10,7 @@ Without CUDA, importing this module makes Bridge importable (hosts/cpu/trainers.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import inspect
@@ -96,12 +97,8 @@ class ALFGPTModelProvider(GPTModelProvider):
         """Builds the model (one pipeline chunk of it), MTP layers included."""
         if self.alflb is None:
             return super().provide(*args, **kwargs)
-        inner = self.transformer_layer_spec
-        balance(self, settings_of(self.alflb))
-        try:
+        with _balanced(self, settings_of(self.alflb)):
             return super().provide(*args, **kwargs)
-        finally:
-            self.transformer_layer_spec = inner
 
 
 def settings_of(alflb: Any) -> ALFConfig:
@@ -121,6 +118,16 @@ def balance(provider: Provider, alf: ALFConfig | None = None, **settings: Any) -
         balanced_layer_spec, inner=spec, **dataclasses.asdict(wanted)
     )
     return provider
+
+
+@contextlib.contextmanager
+def _balanced(provider: Any, alf: ALFConfig) -> Iterator[None]:
+    inner = provider.transformer_layer_spec
+    balance(provider, alf)
+    try:
+        yield
+    finally:
+        provider.transformer_layer_spec = inner
 
 
 def balanced_layer_spec(config: Any, vp_stage: int | None = None, *, inner: Any, **settings: Any) -> Any:

@@ -19,7 +19,7 @@ def take_over(config: Any, settings: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
-    prepare_bridge()
+    prepare_bridge(skip=sys.argv[3:])
     import torch
     import yaml
     from megatron.bridge.models.gpt_provider import GPTModelProvider

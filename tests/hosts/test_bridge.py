@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from alflb_megatron.hosts.cpu import trainers
 from tests.hosts.launched import free_port, logged, torchrun
 from tests.hosts.saved import biases, tensors
 
@@ -110,6 +111,29 @@ def test_off_is_what_bridge_does_without_this_package(run: Run, tmp_path: Path) 
     )
     assert logged(plain, "lm loss") == logged(output, "lm loss") and "MaxVio" not in plain
     assert equal(tmp_path / "checkpoints" / "iter_0000020", off / "iter_0000020")
+
+
+# What is said without each of the substitutions that Bridge needs beside Megatron-Core's.
+WITHOUT = {
+    "devices": "not initialized|_PIPELINE|group",
+    "process_group": "device_ids|device_id",
+    "transformer_engine": "No module named 'transformer_engine'",
+    "allow_no_cuda": "Megatron requires CUDA",
+    "compile_helpers": "Makefile|make: |SystemExit|exitcode",
+}
+
+
+@pytest.mark.parametrize("name", WITHOUT)
+def test_without_it_bridge_fails(name: str, run: Run, tmp_path: Path) -> None:
+    _, off = run("builtin", 1)
+    config = str(off / "iter_0000020" / "run_config.yaml")
+    plain = str(Path(__file__).with_name("bridge_plain.py"))
+    with pytest.raises(AssertionError, match=WITHOUT[name]):
+        torchrun(1, plain, config, str(tmp_path / "checkpoints"), name, folder=tmp_path)
+
+
+def test_every_substitution_is_left_out_here() -> None:
+    assert set(WITHOUT) == {substitution.name for substitution in (*trainers.COMMON, *trainers.BRIDGE)}
 
 
 def test_a_hugging_face_model_keeps_its_biases_both_ways(tmp_path: Path) -> None:
