@@ -18,6 +18,8 @@ from alflb_megatron.runs import launch
 from alflb_megatron.runs.demo import add_arguments as add_demo_flags
 from alflb_megatron.runs.demo import run as run_demo
 from alflb_megatron.runs.job import Job, Plan, resolve, resolve_resumed
+from alflb_megatron.runs.patch import add_arguments as add_patch_flags
+from alflb_megatron.runs.patch import run as run_patch
 from alflb_megatron.runs.record import saved_settings
 from alflb_megatron.runs.replay import add_arguments as add_replay_flags
 from alflb_megatron.runs.replay import run as run_replay
@@ -61,6 +63,11 @@ def parser() -> argparse.ArgumentParser:
     )
     add_theory_flags(theory)
     theory.set_defaults(run=run_theory)
+    patch = commands.add_parser(
+        "patch", help="put the flags of ALF-LB into a checkout of Megatron-LM, or take them out", allow_abbrev=False
+    )
+    add_patch_flags(patch)
+    patch.set_defaults(run=run_patch)
     return top
 
 

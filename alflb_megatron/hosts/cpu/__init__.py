@@ -205,7 +205,8 @@ def _adam_step() -> None:
         state = self.optimizer.state[self.optimizer.param_groups[group]["params"][order]]
         # load_state_dict gave every parameter the same step tensor, which Adam would then advance once for each.
         state["step"] = state["step"].clone()
-        plain_set(self, model_param, {**tensors, "step": state["step"]})
+        with torch.no_grad():  # in float32 the main parameter is a view of the model's, which autograd guards
+            plain_set(self, model_param, {**tensors, "step": state["step"]})
 
     put(optimizer.DistributedOptimizer, "state_dict", state_dict)
     put(optimizer.DistributedOptimizer, "_set_main_param_and_optimizer_states", set_states)

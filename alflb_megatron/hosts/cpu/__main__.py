@@ -6,7 +6,6 @@ a command that works. Where CUDA is there, the script runs as it would by itself
 
 from __future__ import annotations
 
-import runpy
 import sys
 from pathlib import Path
 
@@ -17,4 +16,7 @@ if len(sys.argv) < 2 or not Path(sys.argv[1]).is_file():
 sys.argv = sys.argv[1:]
 sys.path.insert(0, str(Path(sys.argv[0]).resolve().parent))
 prepare_megatron_lm()
-runpy.run_path(sys.argv[0], run_name="__main__")
+# Not by runpy.run_path: the processes that Megatron-LM spawns to write checkpoints would import the script again,
+# unprepared. As it is they find this module to be the main one, and leave it alone.
+__file__ = sys.argv[0]
+exec(compile(Path(__file__).read_bytes(), __file__, "exec", dont_inherit=True))

@@ -1,0 +1,1 @@
+"""Patches of the hosts that need one; `alflb patch` applies them."""

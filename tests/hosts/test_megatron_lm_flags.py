@@ -1,0 +1,187 @@
+"""The Megatron-LM host without a checkout: its flags, what it refuses, and the two names that it replaces."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import os
+import subprocess
+import sys
+import types
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+
+from alflb_megatron import ALFConfig
+from alflb_megatron.hosts import core, megatron_lm
+from alflb_megatron.settings import SettingError
+
+OURS = ["alflb_megatron.hosts.megatron_lm", "block_spec"]
+
+
+@pytest.fixture(autouse=True)
+def as_it_was(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setattr(sys, "excepthook", sys.__excepthook__)
+    yield
+    core.disable()
+
+
+@pytest.fixture
+def training(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Stands in for `megatron.training.training`; `train` logs once, `logged` keeps what `training_log` was given."""
+    module = types.ModuleType("megatron.training.training")
+    module.logged = []  # type: ignore[attr-defined]
+
+    def training_log(loss_dict: dict[str, Any], step: int, *, extra: int = 0) -> tuple[int, int]:
+        module.logged.append(loss_dict)
+        return step, extra
+
+    def train(forward_step_func: Any, model: list[Any], *, losses: dict[str, Any]) -> tuple[int, int]:
+        return module.training_log(losses, 7, extra=1)
+
+    module.train, module.training_log = train, training_log  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "megatron.training.training", module)
+    return module
+
+
+def parsed(*words: str) -> argparse.Namespace:
+    """Megatron-LM's namespace, as far as it is read, with our flags."""
+    parser = megatron_lm.add_arguments()(argparse.ArgumentParser(allow_abbrev=False))
+    parser.set_defaults(spec=None, num_experts=8, moe_router_enable_expert_bias=False, rank=0)
+    return parser.parse_args(words)
+
+
+def test_every_flag_has_its_default_in_the_namespace() -> None:
+    args = vars(parsed())
+    default = ALFConfig()
+    assert args["alflb_rule"] is None
+    for name in ("step_size", "rule_options", "score_unit", "centring", "frozen", "log_every"):
+        assert args[f"alflb_{name}"] == getattr(default, name)
+
+
+def test_the_given_provider_comes_first() -> None:
+    def provider(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+        parser.add_argument("--theirs", default=3)
+        return parser
+
+    parser = megatron_lm.add_arguments(provider)(argparse.ArgumentParser())
+    assert vars(parser.parse_args([]))["theirs"] == 3
+    assert "ALF-LB" in parser.format_help() and "default: off" in parser.format_help()
+
+
+def test_off_changes_nothing(training: Any) -> None:
+    before = (training.train, training.training_log, sys.excepthook, core.MoELayer.__init__)
+    megatron_lm.enable_from(parsed())
+    assert before == (training.train, training.training_log, sys.excepthook, core.MoELayer.__init__)
+
+
+def test_the_rule_turns_it_on_once(training: Any) -> None:
+    args = parsed("--alflb-rule", "sign", "--alflb-step-size", "0.01", "--no-alflb-centring")
+    megatron_lm.enable_from(args)
+    once = (training.train, training.training_log)
+    megatron_lm.enable_from(args)
+    assert (training.train, training.training_log) == once
+    assert core.enable(rule="sign", step_size=0.01, centring=False) == ALFConfig("sign", 0.01, centring=False)
+
+
+@pytest.mark.parametrize(
+    ("words", "changes", "text"),
+    [
+        (["--alflb-step-size", "0.1"], {}, "--alflb-step-size=0.1: has no effect without --alflb-rule"),
+        (["--no-alflb-centring"], {}, "--alflb-centring=False: has no effect without --alflb-rule"),
+        (["--alflb-rule", "best"], {}, "--alflb-rule=best: must be one of"),
+        (["--alflb-rule", "sign", "--alflb-step-size", "x"], {}, "--alflb-step-size=x: must be of type float"),
+        (["--alflb-rule", "sign"], {"num_experts": None}, "--num-experts=None: ALF-LB balances experts"),
+        ([], {"spec": OURS}, "--spec=.* block_spec: is for an unpatched pretrain_gpt.py; here use --alflb-rule"),
+    ],
+)
+def test_what_cannot_work_is_refused(training: Any, words: list[str], changes: dict[str, Any], text: str) -> None:
+    args = parsed(*words)
+    vars(args).update(changes)
+    with pytest.raises(SettingError, match=text):
+        megatron_lm.enable_from(args)
+
+
+def test_megatrons_own_flag_is_allowed_and_said_to_move_nothing(
+    training: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    args = parsed("--alflb-rule", "sign")
+    args.moe_router_enable_expert_bias = True
+    megatron_lm.enable_from(args)
+    assert "move nothing while ALF-LB is on" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "refused", [{"virtual_pipeline_model_parallel_size": 2}, {"mtp_num_layers": 1}, {"yaml_cfg": "a.yaml"}]
+)
+def test_one_block_cannot_serve_every_chunk(refused: dict[str, Any]) -> None:
+    args = argparse.Namespace(virtual_pipeline_model_parallel_size=None, mtp_num_layers=None)
+    megatron_lm._refuse_what_one_object_cannot_serve(args)
+    vars(args).update(refused)
+    with pytest.raises(SettingError, match=r"alflb patch DIR"):
+        megatron_lm._refuse_what_one_object_cannot_serve(args)
+
+
+def test_no_spec_is_built_before_arguments_are_parsed() -> None:
+    assert importlib.import_module("alflb_megatron.hosts.megatron_lm").block_spec is None
+
+
+def test_loads_join_the_losses(training: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = [torch.nn.Linear(1, 1)]
+    seen = []
+
+    def log_line(model: list[Any], pipeline: Any) -> dict[str, float]:
+        seen.append((list(model), pipeline))
+        return {"MaxVio": 0.5}
+
+    monkeypatch.setattr(megatron_lm, "log_line", log_line)
+    monkeypatch.setattr(megatron_lm.parallel_state, "get_pipeline_model_parallel_group", lambda: "stages")
+    megatron_lm.show_loads()
+    megatron_lm.show_loads()
+    losses = {"lm loss": torch.tensor(3.0)}
+    assert training.train(None, model, losses=losses) == (7, 1)
+    assert seen == [(model, "stages")]
+    assert list(losses) == ["lm loss"]
+    assert list(training.logged[0]) == ["lm loss", "MaxVio"] and training.logged[0]["lm loss"] is losses["lm loss"]
+    training.training_log(losses, 1)  # outside of train there is no model to speak of
+    assert list(training.logged[1]) == ["lm loss"]
+
+
+PROGRAM = """
+from alflb_megatron.hosts import cpu
+cpu.prepare()
+from alflb_megatron.hosts import megatron_lm
+from alflb_megatron.settings import SettingError
+megatron_lm._end_on_one_line()
+megatron_lm._SECONDS_FOR_RANK_0 = 0
+try:
+    raise SettingError("--a", 1, "must be 2")
+except SettingError as error:
+    {then}
+"""
+
+
+@pytest.mark.parametrize(
+    ("then", "rank", "code", "said"),
+    [
+        ("raise", "0", 2, "alflb: --a=1: must be 2\n"),
+        ("raise type(error)('as build_module does')", "0", 2, "alflb: --a=1: must be 2\n"),
+        ("raise", "1", 2, ""),
+    ],
+)
+def test_an_error_is_one_line(then: str, rank: str, code: int, said: str) -> None:
+    program = [sys.executable, "-W", "ignore", "-c", PROGRAM.format(then=then)]
+    done = subprocess.run(program, capture_output=True, text=True, env={**os.environ, "RANK": rank})
+    assert (done.returncode, done.stderr) == (code, said)
+
+
+def test_other_errors_keep_their_traceback(capsys: pytest.CaptureFixture[str]) -> None:
+    megatron_lm._end_on_one_line()
+    megatron_lm._end_on_one_line()
+    try:
+        raise ZeroDivisionError("theirs")
+    except ZeroDivisionError as error:
+        sys.excepthook(type(error), error, error.__traceback__)
+    assert "ZeroDivisionError: theirs" in capsys.readouterr().err
