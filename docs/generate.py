@@ -49,11 +49,11 @@ The defaults are those of the preset `tiny`; `--preset` changes them, a flag giv
 
 
 def without_cuda() -> str:
-    """What `hosts/cpu.py` does, from its own table."""
+    """What `hosts/cpu` does, from its own tables."""
     switches = "\n".join(f"| `{name}` | `{value}` |" for name, value in cpu.SWITCHES.items())
     return f"""# Megatron-Core without CUDA
 
-Written by `make docs` from `alflb_megatron/hosts/cpu.py`; do not edit.
+Written by `make docs` from `alflb_megatron/hosts/cpu/`; do not edit.
 
 Megatron-Core's own switches come first. Environment: {", ".join(f"`{k}={v}`" for k, v in cpu.ENVIRONMENT.items())}.
 `TransformerConfig`:
@@ -66,6 +66,28 @@ What no switch reaches is substituted. Each entry has no effect where CUDA is th
 shows the failure upstream.
 
 {cpu.markdown_table()}
+
+## The trainers above it
+
+Megatron-LM, Megatron-Bridge and NeMo 2 need more; `python -m alflb_megatron.hosts.cpu SCRIPT`,
+`alflb_megatron.hosts.bridge` and `alflb_megatron.hosts.nemo` put it in place. An `nvidia-resiliency-ext` below 0.6 is
+hidden from Megatron-Core, which from 0.17 on stops at it instead of doing without.
+
+All of them:
+
+{cpu.markdown_table(trainers.COMMON, "the host")}
+
+Megatron-LM:
+
+{cpu.markdown_table(trainers.MEGATRON_LM, "the host")}
+
+Megatron-Bridge:
+
+{cpu.markdown_table(trainers.BRIDGE, "the host")}
+
+NeMo 2:
+
+{cpu.markdown_table(trainers.NEMO, "the host")}
 """
 
 

@@ -22,11 +22,11 @@ import sys
 from typing import Any
 
 import torch
-from alflb_megatron.recipes.training import training_of
 
 from alflb_megatron.hosts.bridge import ALFGPTModelProvider, ALFLBCallback  # first: makes Bridge importable
 from alflb_megatron.hosts.cpu import SWITCHES
 from alflb_megatron.models import PRESETS
+from alflb_megatron.recipes.training import training_of
 from alflb_megatron.settings import SettingError
 
 from megatron.bridge.recipes.common import _pretrain_common  # isort: skip

@@ -115,11 +115,10 @@ def test_off_is_what_bridge_does_without_this_package(run: Run, tmp_path: Path) 
 
 # What is said without each of the substitutions that Bridge needs beside Megatron-Core's.
 WITHOUT = {
-    "devices": "not initialized|_PIPELINE|group",
-    "process_group": "device_ids|device_id",
+    "devices": "model-parallel-rng is not added",
     "transformer_engine": "No module named 'transformer_engine'",
     "allow_no_cuda": "Megatron requires CUDA",
-    "compile_helpers": "Makefile|make: |SystemExit|exitcode",
+    "compile_helpers": "no makefile found",
 }
 
 

@@ -1,23 +1,24 @@
 """What the trainers above Megatron-Core need more than it does, to run without CUDA: Megatron-LM, Bridge, NeMo 2.
 
-Each `prepare_...` begins with `cpu.prepare()`, so it has to come before anything imports `megatron.core`; where
+Each `prepare_...` calls `cpu.prepare()`, so it has to come before anything imports `megatron.core`; where
 `torch.cuda.is_available()` it changes nothing. Read against Megatron-LM core_v0.16.1 to 0.19.0, Megatron-Bridge 0.3.1
-and 0.6.2.
+and 0.6.2, nemo-toolkit 2.7.3.
 """
 
 from __future__ import annotations
 
+import builtins
+import contextlib
 import functools
 import importlib
+import importlib.util
 import os
 import sys
 import types
-from collections.abc import Callable, Collection, Iterable
-from importlib.machinery import ModuleSpec
+from collections.abc import Collection, Iterable
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
 from alflb_megatron.hosts.cpu import Substitution, prepare, put
 
@@ -25,20 +26,6 @@ from alflb_megatron.hosts.cpu import Substitution, prepare, put
 def _devices() -> None:
     put(torch.cuda, "device_count", lambda: int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
     put(torch.cuda, "set_device", lambda device: None)
-
-
-def _without_devices(plain: Callable[..., Any], name: str) -> Callable[..., Any]:
-    @functools.wraps(plain)
-    def call(*args: Any, **kwargs: Any) -> Any:
-        kwargs.pop(name, None)
-        return plain(*args, **kwargs)
-
-    return call
-
-
-def _process_group() -> None:
-    put(dist, "init_process_group", _without_devices(dist.init_process_group, "device_id"))
-    put(dist, "barrier", _without_devices(dist.barrier, "device_ids"))
 
 
 def _allow_no_cuda(trainer: str) -> None:
@@ -60,41 +47,36 @@ def _fused_kernels() -> None:
     put(kernels, "load", lambda args: None)
 
 
+UNGUARDED = (
+    "megatron.bridge.peft.lora",
+    "megatron.bridge.peft.lora_layers",
+    "megatron.bridge.models.gpt_full_te_layer_autocast_spec",
+)
+"""Modules of Bridge that import Transformer Engine whether it is there or not; all others ask, and have to hear no."""
+
+
 def _transformer_engine() -> None:
-    if "megatron.bridge" in sys.modules:
+    if importlib.util.find_spec("transformer_engine") is not None or "megatron.bridge" in sys.modules:
         return
-    # Whoever asks whether Transformer Engine is there has to have asked before it seems to be.
-    for name in (
-        "extensions.transformer_engine",
-        "models.gpt.gpt_model",
-        "models.gpt.gpt_layer_specs",
-        "models.mamba.mamba_layer_specs",
-        "transformer.attention",
-        "transformer.multi_latent_attention",
-        "transformer.moe.moe_layer",
-        "transformer.moe.shared_experts",
-        "transformer.moe.moe_utils",
-        "fp8_utils",
-        "optimizer",
-        "transformer.cuda_graphs",
-        "inference.engines",
-    ):
-        importlib.import_module(f"megatron.core.{name}")
     engine, pytorch = types.ModuleType("transformer_engine"), types.ModuleType("transformer_engine.pytorch")
-    for module in (engine, pytorch):
-        module.__spec__ = ModuleSpec(module.__name__, None)
-    engine.__path__ = []
     engine.pytorch = pytorch  # type: ignore[attr-defined]
     for name in ("Linear", "LayerNormLinear", "LayerNormMLP", "TransformerLayer", "GroupedLinear", "RMSNorm"):
         setattr(pytorch, name, type(name, (_NotInstalled,), {}))
     pytorch.ops = types.SimpleNamespace(Sequential=_NotInstalled)  # type: ignore[attr-defined]
-    names = {module.__name__: module for module in (engine, pytorch)}
-    sys.modules.update(names)
+    plain = builtins.__import__
+
+    def import_(name: str, globals: Any = None, locals: Any = None, fromlist: Any = (), level: int = 0) -> Any:
+        asked = name in ("transformer_engine", "transformer_engine.pytorch")
+        if asked and globals and globals["__name__"] in UNGUARDED:
+            return pytorch if fromlist and name.endswith("pytorch") else engine
+        return plain(name, globals, locals, fromlist, level)
+
+    builtins.__import__ = import_
     try:
-        importlib.import_module("megatron.bridge")
+        for name in ("megatron.bridge", *UNGUARDED):
+            importlib.import_module(name)
     finally:
-        for module_name in names:
-            del sys.modules[module_name]
+        builtins.__import__ = plain
 
 
 class _NotInstalled(torch.nn.Module):
@@ -106,6 +88,30 @@ def _compile_helpers() -> None:
     put(importlib.import_module("megatron.bridge.training.initialize"), "compile_helpers", lambda: None)
 
 
+def _pinned_memory() -> None:
+    if getattr(torch.tensor, "_alflb_unpinned", False):
+        return
+    plain_tensor = torch.tensor
+    plain_to: Any = torch.Tensor.to
+
+    @functools.wraps(plain_tensor)
+    def tensor(*args: Any, **kwargs: Any) -> torch.Tensor:
+        kwargs.pop("pin_memory", None)
+        return plain_tensor(*args, **kwargs)
+
+    @functools.wraps(plain_to)
+    def to(self: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        return plain_to(self, *("cpu" if isinstance(arg, str) and arg == "cuda" else arg for arg in args), **kwargs)
+
+    tensor._alflb_unpinned = True  # type: ignore[attr-defined]
+    torch.tensor = tensor
+    put(torch.Tensor, "to", to)
+
+
+def _restored_tensors() -> None:
+    put(importlib.import_module("nemo.lightning.io.pl"), "_fix_tensors_device", lambda checkpoint: checkpoint)
+
+
 COMMON: tuple[Substitution, ...] = (
     Substitution(
         "devices",
@@ -113,13 +119,6 @@ COMMON: tuple[Substitution, ...] = (
         "megatron/bridge/training/initialize.py:_initialize_distributed",
         "model parallel groups are made where devices are counted, and each rank takes one: there are as many as ranks",
         _devices,
-    ),
-    Substitution(
-        "process_group",
-        "megatron/bridge/training/initialize.py:_initialize_distributed, "
-        "megatron/training/checkpointing.py:save_checkpoint",
-        "devices are named to collectives, which gloo does not take: they are left out",
-        _process_group,
     ),
 )
 
@@ -141,9 +140,10 @@ MEGATRON_LM: tuple[Substitution, ...] = (
 BRIDGE: tuple[Substitution, ...] = (
     Substitution(
         "transformer_engine",
-        "megatron/bridge/peft/lora_layers.py, megatron/bridge/peft/lora.py",
-        "Transformer Engine is imported unconditionally: while Bridge is imported its names are there, and raise when "
-        "they are used",
+        "megatron/bridge/peft/lora_layers.py, megatron/bridge/peft/lora.py, "
+        "megatron/bridge/models/gpt_full_te_layer_autocast_spec.py",
+        "Transformer Engine is imported whether it is there or not: these modules get its names, which raise when they "
+        "are used",
         _transformer_engine,
     ),
     Substitution(
@@ -157,6 +157,22 @@ BRIDGE: tuple[Substitution, ...] = (
         "megatron/bridge/training/initialize.py:initialize_megatron",
         "runs a Makefile that the wheel of Megatron-Core lacks, and exits; what it would compile is in the wheel",
         _compile_helpers,
+    ),
+)
+
+NEMO: tuple[Substitution, ...] = (
+    Substitution(
+        "pinned_memory",
+        "nemo/lightning/pytorch/strategies/megatron_strategy.py:training_step, "
+        "nemo/lightning/pytorch/plugins/data_sampler.py:on_megatron_step_end",
+        'what is logged goes through `torch.tensor(..., pin_memory=True).to("cuda")`: it stays where it is',
+        _pinned_memory,
+    ),
+    Substitution(
+        "restored_tensors",
+        "nemo/lightning/io/pl.py:load_checkpoint",
+        "asserts CUDA before it moves what was loaded to this rank's GPU: it stays where it is",
+        _restored_tensors,
     ),
 )
 
@@ -179,3 +195,12 @@ def prepare_megatron_lm(*, skip: Collection[str] = ()) -> tuple[Substitution, ..
 def prepare_bridge(*, skip: Collection[str] = ()) -> tuple[Substitution, ...]:
     """Makes Megatron-Bridge run without CUDA and Transformer Engine; returns the substitutions in force."""
     return _apply((*COMMON, *BRIDGE), skip)
+
+
+def prepare_nemo(*, skip: Collection[str] = ()) -> tuple[Substitution, ...]:
+    """Makes NeMo 2 run without CUDA; returns the substitutions in force."""
+    if not torch.cuda.is_available():
+        # nemo/lightning/nemo_logger.py needs this class for every checkpoint, and `prepare` hides what it is built of.
+        with contextlib.suppress(ImportError):
+            importlib.import_module("nvidia_resiliency_ext.ptl_resiliency.local_checkpoint_callback")
+    return _apply((*COMMON, *NEMO), skip)

@@ -1,0 +1,381 @@
+"""NeMo 2 recipes: the DeepSeekMoE models of Wang et al. 2024 (arXiv 2408.15664) and one for a laptop.
+
+    nemo llm pretrain --factory "deepseek_moe_1b_alflb(rule='sign', num_nodes=2)"
+    nemo llm pretrain --factory deepseek_moe_tiny_alflb --yes trainer.max_steps=20
+
+The `nemo` command finds them through the entry-point group `nemo_run.cli`. In Python they are functions that return a
+`run.Partial`, to be changed and given to `run.run` or to `alflb_megatron.recipes.launch`.
+
+Shapes come from `alflb_megatron.models`, batch, steps, learning rate and optimizer from `recipes/training.py`; Adam's
+epsilon, where the paper is silent, is NeMo's 1e-5. The data are NeMo's mock data and a tokenizer that does nothing, so
+that nothing is downloaded: replace `recipe.data`. What follows the installation is decided where the recipe runs, not
+where it is built: with Transformer Engine its layers, grouped GEMM, permute fusion and RoPE fusion are used, without it
+Megatron-Core's own layers; the optimizer is TE's, apex's or torch's fused Adam, in the order in which Megatron-Core
+finds them.
+"""
+
+# nemo_run reads the annotations of factories: it resolves them away from this module's names, so that there is no
+# `from __future__ import annotations` here, and knows Optional[float] but not float | None.
+# ruff: noqa: UP045
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Optional
+
+import torch
+
+from alflb_megatron.hosts.nemo import ALFLB  # first: without CUDA it makes NeMo runnable
+from alflb_megatron.models import PRESETS
+from alflb_megatron.recipes.training import training_of
+from alflb_megatron.settings import SettingError
+
+import lightning.pytorch as pl  # isort: skip
+import nemo_run as run  # isort: skip
+from megatron.core.distributed import DistributedDataParallelConfig  # isort: skip
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec  # isort: skip
+from nemo import lightning as nl  # isort: skip
+from nemo.collections.common.tokenizers.null_tokenizer import NullTokenizer  # isort: skip
+from nemo.collections.llm.api import pretrain  # isort: skip
+from nemo.collections.llm.gpt.data.mock import HAVE_TE, MockDataModule, _MockGPTDataset  # isort: skip
+from nemo.collections.llm.gpt.data.pre_training import PreTrainingDataModule  # isort: skip
+from nemo.collections.llm.gpt.model.base import GPTConfig, GPTModel  # isort: skip
+from nemo.collections.llm.recipes import deepseek  # isort: skip
+from nemo.collections.llm.recipes.log.default import default_log, default_resume, tensorboard_logger  # isort: skip
+from nemo.collections.llm.recipes.optim.adam import distributed_fused_adam_with_cosine_annealing  # isort: skip
+from nemo.utils.exp_manager import TimingCallback  # isort: skip
+
+CUDA = torch.cuda.is_available()
+
+
+def block_spec(config: Any, vp_stage: int | None = None) -> Any:
+    """Megatron-Core's decoder block, of Transformer Engine's layers where it is installed."""
+    return get_gpt_decoder_block_spec(config, use_transformer_engine=HAVE_TE, vp_stage=vp_stage)
+
+
+@dataclass
+class DeepSeekMoEConfig(GPTConfig):
+    """What the recipes' models share: a GPT of SwiGLU experts, with the fusions that this machine has."""
+
+    transformer_layer_spec: Any = block_spec
+    activation_func: Callable = torch.nn.functional.silu
+    gated_linear_unit: bool = True
+    add_bias_linear: bool = False
+    moe_token_dispatcher_type: str = "alltoall"
+    moe_router_load_balancing_type: str = "none"
+    moe_router_dtype: str | None = "fp32"
+    moe_grouped_gemm: bool = HAVE_TE
+    moe_permute_fusion: bool = HAVE_TE
+    apply_rope_fusion: bool = HAVE_TE
+    masked_softmax_fusion: bool = CUDA
+    cross_entropy_loss_fusion: bool = CUDA
+    bias_dropout_fusion: bool = CUDA
+
+
+@nl.io.track_io
+class Tokens(NullTokenizer):
+    """NeMo's null tokenizer for a vocabulary of `size`, in a form that checkpoints can record."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__(size - 1)  # it counts an end-of-document token on top
+
+
+class MockData(MockDataModule):
+    """NeMo's mock data, which here hold an attention mask where one is needed, and go on where they were at a resume.
+
+    Upstream hands `create_attention_mask` to a parameter `seed` and keeps no account of the samples consumed
+    (collections/llm/gpt/data/mock.py:MockDataModule.setup).
+    """
+
+    init_global_step = 0
+
+    def setup(self, stage: str = "") -> None:
+        mask = self.create_attention_mask
+        for name, split, samples in (
+            ("_train_ds", "train", self.num_train_samples),
+            ("_validation_ds", "valid", self.num_val_samples),
+            ("_test_ds", "test", self.num_test_samples),
+        ):
+            data = _MockGPTDataset(self.tokenizer, split, samples, self.seq_length, create_attention_mask=mask)
+            setattr(self, name, data)
+
+    def train_dataloader(self) -> Any:
+        self.init_global_step = self.data_sampler.init_global_step = self.trainer.global_step
+        return super().train_dataloader()
+
+    state_dict = PreTrainingDataModule.state_dict
+    load_state_dict = PreTrainingDataModule.load_state_dict
+
+
+# -- models ------------------------------------------------------------------------------------------------------------
+
+
+def _model(preset: str, gate: str = "sigmoid", seq_length: int | None = None) -> run.Config[pl.LightningModule]:
+    shape = PRESETS[preset]
+    if gate not in ("sigmoid", "softmax"):
+        raise SettingError("gate", gate, "must be one of sigmoid, softmax")
+    fields = {**shape.transformer_fields(), **shape.embedding_fields(), "moe_router_score_function": gate}
+    for name in ("normalization", "gated_linear_unit", "add_bias_linear"):
+        if fields[name] == getattr(DeepSeekMoEConfig, name):
+            del fields[name]
+    fields["seq_length"] = seq_length or shape.seq_length
+    config = run.Config(DeepSeekMoEConfig, vocab_size=shape.vocab_size, **fields)
+    return run.Config(GPTModel, config=config)
+
+
+@run.cli.factory(name="deepseek_moe_1b_alflb")
+def deepseek_moe_1b_model(gate: str = "sigmoid") -> run.Config[pl.LightningModule]:
+    """The 1B model: 9 MoE layers of 64 experts, 6 active, and 2 shared; `nemo llm pretrain model=...`."""
+    return _model("deepseek-moe-1b", gate)
+
+
+@run.cli.factory(name="deepseek_moe_3b_alflb")
+def deepseek_moe_3b_model(gate: str = "sigmoid") -> run.Config[pl.LightningModule]:
+    """The 3B model: 11 MoE layers of 64 experts, 6 active, and 2 shared; `nemo llm pretrain model=...`."""
+    return _model("deepseek-moe-3b", gate)
+
+
+@run.cli.factory(name="deepseek_moe_tiny_alflb")
+def deepseek_moe_tiny_model(gate: str = "sigmoid") -> run.Config[pl.LightningModule]:
+    """3 MoE layers of 16 experts, 2 active, and a shared one; `nemo llm pretrain model=...`."""
+    return _model("tiny", gate)
+
+
+# -- recipes -----------------------------------------------------------------------------------------------------------
+
+
+def _data(preset: str, seq_length: int | None, global_batch_size: int, micro_batch_size: int) -> run.Config[Any]:
+    shape = PRESETS[preset]
+    return run.Config(
+        MockData,
+        seq_length=seq_length or shape.seq_length,
+        tokenizer=run.Config(Tokens, size=shape.vocab_size),
+        global_batch_size=global_batch_size,
+        micro_batch_size=micro_batch_size,
+    )
+
+
+def _optimizer(preset: str, precision: str) -> run.Config[Any]:
+    training = training_of(preset)
+    optim = distributed_fused_adam_with_cosine_annealing(
+        precision=precision,
+        warmup_steps=training.warmup_steps,
+        adam_beta1=training.beta1,
+        adam_beta2=training.beta2,
+        max_lr=training.lr,
+        min_lr=training.min_lr,
+        clip_grad=training.clip_grad,
+    )
+    optim.config.weight_decay = training.weight_decay
+    return optim
+
+
+def _recipe(
+    preset: str,
+    *,
+    fn: Callable[..., Any],
+    dir: str | None,
+    name: str,
+    trainer: run.Config[nl.Trainer],
+    rule: str,
+    step_size: float | None,
+    gate: str,
+    seq_length: int | None,
+    global_batch_size: int | None,
+    micro_batch_size: int | None,
+    precision: str,
+) -> run.Partial:
+    training = training_of(preset)
+    ALFLB(rule=rule, step_size=step_size)  # a wrong knob is refused here, not in the job
+    trainer.callbacks = [
+        *(getattr(trainer, "callbacks", None) or []),
+        run.Config(ALFLB, rule=rule, step_size=step_size),
+        run.Config(TimingCallback),
+    ]
+    return run.Partial(
+        fn,
+        model=_model(preset, gate, seq_length),
+        trainer=trainer,
+        data=_data(
+            preset,
+            seq_length,
+            training.global_batch_size if global_batch_size is None else global_batch_size,
+            training.micro_batch_size if micro_batch_size is None else micro_batch_size,
+        ),
+        log=default_log(dir=dir, name=name, tensorboard_logger=tensorboard_logger(name=name)),
+        optim=_optimizer(preset, precision),
+        resume=default_resume(),
+    )
+
+
+def _on_gpus(
+    preset: str,
+    num_nodes: int,
+    num_gpus_per_node: int,
+    tensor_parallel: int,
+    pipeline_parallel: int,
+    expert_parallel: int,
+    max_steps: int | None,
+) -> run.Config[nl.Trainer]:
+    return deepseek.trainer(
+        tensor_parallelism=tensor_parallel,
+        pipeline_parallelism=pipeline_parallel,
+        expert_parallelism=expert_parallel,
+        sequence_parallelism=tensor_parallel > 1,  # Megatron-Core demands it of MoE layers under TP
+        num_nodes=num_nodes,
+        num_gpus_per_node=num_gpus_per_node,
+        max_steps=training_of(preset).steps if max_steps is None else max_steps,
+    )
+
+
+@run.cli.factory(target=pretrain, name="deepseek_moe_1b_alflb")
+def deepseek_moe_1b_alflb(
+    dir: Optional[str] = None,
+    name: str = "deepseek_moe_1b_alflb",
+    num_nodes: int = 1,
+    num_gpus_per_node: int = 8,
+    rule: str = "adaptive",
+    step_size: Optional[float] = None,
+    gate: str = "sigmoid",
+    tensor_parallel: int = 1,
+    pipeline_parallel: int = 1,
+    expert_parallel: int = 8,
+    seq_length: Optional[int] = None,
+    global_batch_size: Optional[int] = None,
+    micro_batch_size: Optional[int] = None,
+    max_steps: Optional[int] = None,
+    fn: Callable = pretrain,
+) -> run.Partial:
+    """Pre-training of the 1B model of Wang et al., in bf16: sequences of 2048, batch 1152, 40,000 steps.
+
+    Args:
+        dir, name: where logs and checkpoints go, and under which name.
+        num_nodes, num_gpus_per_node: the machines; their product has to be a multiple of the expert parallelism.
+        rule, step_size: how the expert bias moves (`docs/rules.md`); no step size takes the rule's own.
+        gate: sigmoid or softmax.
+        tensor_parallel, pipeline_parallel, expert_parallel: the sizes of Megatron-Core's groups.
+        seq_length, global_batch_size, micro_batch_size, max_steps: the paper's, but for the micro-batch, unless given.
+        fn: what the recipe is for.
+
+    Raises:
+        SettingError: a rule, step size or gate that cannot work.
+    """
+    preset = "deepseek-moe-1b"
+    return _recipe(
+        preset,
+        fn=fn,
+        dir=dir,
+        name=name,
+        trainer=_on_gpus(
+            preset, num_nodes, num_gpus_per_node, tensor_parallel, pipeline_parallel, expert_parallel, max_steps
+        ),
+        rule=rule,
+        step_size=step_size,
+        gate=gate,
+        seq_length=seq_length,
+        global_batch_size=global_batch_size,
+        micro_batch_size=micro_batch_size,
+        precision="bf16-mixed",
+    )
+
+
+@run.cli.factory(target=pretrain, name="deepseek_moe_3b_alflb")
+def deepseek_moe_3b_alflb(
+    dir: Optional[str] = None,
+    name: str = "deepseek_moe_3b_alflb",
+    num_nodes: int = 2,
+    num_gpus_per_node: int = 8,
+    rule: str = "adaptive",
+    step_size: Optional[float] = None,
+    gate: str = "sigmoid",
+    tensor_parallel: int = 1,
+    pipeline_parallel: int = 1,
+    expert_parallel: int = 8,
+    seq_length: Optional[int] = None,
+    global_batch_size: Optional[int] = None,
+    micro_batch_size: Optional[int] = None,
+    max_steps: Optional[int] = None,
+    fn: Callable = pretrain,
+) -> run.Partial:
+    """Pre-training of the 3B model of Wang et al., in bf16: sequences of 2048, batch 1728, 56,514 steps.
+
+    The arguments are those of `deepseek_moe_1b_alflb`.
+    """
+    preset = "deepseek-moe-3b"
+    return _recipe(
+        preset,
+        fn=fn,
+        dir=dir,
+        name=name,
+        trainer=_on_gpus(
+            preset, num_nodes, num_gpus_per_node, tensor_parallel, pipeline_parallel, expert_parallel, max_steps
+        ),
+        rule=rule,
+        step_size=step_size,
+        gate=gate,
+        seq_length=seq_length,
+        global_batch_size=global_batch_size,
+        micro_batch_size=micro_batch_size,
+        precision="bf16-mixed",
+    )
+
+
+@run.cli.factory(target=pretrain, name="deepseek_moe_tiny_alflb")
+def deepseek_moe_tiny_alflb(
+    dir: Optional[str] = None,
+    name: str = "deepseek_moe_tiny_alflb",
+    num_nodes: int = 1,
+    num_gpus_per_node: int = 1,
+    rule: str = "adaptive",
+    step_size: Optional[float] = None,
+    gate: str = "sigmoid",
+    seq_length: Optional[int] = None,
+    global_batch_size: Optional[int] = None,
+    micro_batch_size: Optional[int] = None,
+    max_steps: Optional[int] = None,
+    fn: Callable = pretrain,
+) -> run.Partial:
+    """A model for trying things out, in float32: about a second a step on two CPU cores.
+
+    Without CUDA `num_gpus_per_node` counts processes, which talk over gloo. All of them share the experts. The other
+    arguments are those of `deepseek_moe_1b_alflb`.
+    """
+    strategy = run.Config(
+        nl.MegatronStrategy,
+        expert_model_parallel_size=num_nodes * num_gpus_per_node,
+        ddp=run.Config(DistributedDataParallelConfig, use_distributed_optimizer=False),
+        ckpt_async_save=False,
+    )
+    if not CUDA:
+        strategy.process_group_backend = "gloo"
+    steps = training_of("tiny").steps if max_steps is None else max_steps
+    recipe = _recipe(
+        "tiny",
+        fn=fn,
+        dir=dir,
+        name=name,
+        trainer=run.Config(
+            nl.Trainer,
+            accelerator="gpu" if CUDA else "cpu",
+            devices=num_gpus_per_node,
+            num_nodes=num_nodes,
+            max_steps=steps,
+            limit_val_batches=0,
+            num_sanity_val_steps=0,
+            log_every_n_steps=1,
+            strategy=strategy,
+            use_distributed_sampler=False,
+        ),
+        rule=rule,
+        step_size=step_size,
+        gate=gate,
+        seq_length=seq_length,
+        global_batch_size=global_batch_size,
+        micro_batch_size=micro_batch_size,
+        precision="32",
+    )
+    recipe.optim.config.use_distributed_optimizer = False
+    recipe.data.num_workers = 0
+    recipe.data.pin_memory = CUDA
+    recipe.log.ckpt.monitor = "reduced_train_loss"  # there is no validation
+    recipe.log.ckpt.filename = "{step}"
+    recipe.log.ckpt.save_top_k = 1
+    return recipe
