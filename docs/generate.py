@@ -7,6 +7,7 @@ from pathlib import Path
 from alflb_megatron import rules
 from alflb_megatron.config import PREFIX, ALFConfig
 from alflb_megatron.hosts import cpu
+from alflb_megatron.hosts.cpu import trainers
 from alflb_megatron.models import ModelShape
 from alflb_megatron.runs.job import Job
 from alflb_megatron.settings import markdown_table
