@@ -93,6 +93,7 @@ def _pretrain(preset: str, expert_parallel: int | None) -> ConfigContainer:
         lr_warmup_iters=training.warmup_steps,
         adam_beta1=training.beta1,
         adam_beta2=training.beta2,
+        adam_eps=training.eps,
         weight_decay=training.weight_decay,
         start_weight_decay=training.weight_decay,
         end_weight_decay=training.weight_decay,

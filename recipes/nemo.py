@@ -6,8 +6,8 @@
 The `nemo` command finds them through the entry-point group `nemo_run.cli`. In Python they are functions that return a
 `run.Partial`, to be changed and given to `run.run` or to `alflb_megatron.recipes.launch`.
 
-Shapes come from `alflb_megatron.models`, batch, steps, learning rate and optimizer from `recipes/training.py`; Adam's
-epsilon, where the paper is silent, is NeMo's 1e-5. The data are NeMo's mock data and a tokenizer that does nothing, so
+Shapes come from `alflb_megatron.models`, batch, steps, learning rate and optimizer from `recipes/training.py`. The data
+are NeMo's mock data and a tokenizer that does nothing, so
 that nothing is downloaded: replace `recipe.data`. What follows the installation is decided where the recipe runs, not
 where it is built: with Transformer Engine its layers, grouped GEMM, permute fusion and RoPE fusion are used, without it
 Megatron-Core's own layers; the optimizer is TE's, apex's or torch's fused Adam, in the order in which Megatron-Core
@@ -164,7 +164,7 @@ def _optimizer(preset: str, precision: str) -> run.Config[Any]:
         min_lr=training.min_lr,
         clip_grad=training.clip_grad,
     )
-    optim.config.weight_decay = training.weight_decay
+    optim.config.weight_decay, optim.config.adam_eps = training.weight_decay, training.eps
     return optim
 
 
@@ -208,14 +208,16 @@ def _recipe(
 
 def _on_gpus(
     preset: str,
+    *,
     num_nodes: int,
     num_gpus_per_node: int,
     tensor_parallel: int,
     pipeline_parallel: int,
     expert_parallel: int,
     max_steps: int | None,
-) -> run.Config[nl.Trainer]:
-    return deepseek.trainer(
+    **recipe: Any,
+) -> run.Partial:
+    trainer = deepseek.trainer(
         tensor_parallelism=tensor_parallel,
         pipeline_parallelism=pipeline_parallel,
         expert_parallelism=expert_parallel,
@@ -224,6 +226,7 @@ def _on_gpus(
         num_gpus_per_node=num_gpus_per_node,
         max_steps=training_of(preset).steps if max_steps is None else max_steps,
     )
+    return _recipe(preset, trainer=trainer, precision="bf16-mixed", **recipe)
 
 
 @run.cli.factory(target=pretrain, name="deepseek_moe_1b_alflb")
@@ -258,23 +261,7 @@ def deepseek_moe_1b_alflb(
     Raises:
         SettingError: a rule, step size or gate that cannot work.
     """
-    preset = "deepseek-moe-1b"
-    return _recipe(
-        preset,
-        fn=fn,
-        dir=dir,
-        name=name,
-        trainer=_on_gpus(
-            preset, num_nodes, num_gpus_per_node, tensor_parallel, pipeline_parallel, expert_parallel, max_steps
-        ),
-        rule=rule,
-        step_size=step_size,
-        gate=gate,
-        seq_length=seq_length,
-        global_batch_size=global_batch_size,
-        micro_batch_size=micro_batch_size,
-        precision="bf16-mixed",
-    )
+    return _on_gpus("deepseek-moe-1b", **locals())
 
 
 @run.cli.factory(target=pretrain, name="deepseek_moe_3b_alflb")
@@ -299,23 +286,7 @@ def deepseek_moe_3b_alflb(
 
     The arguments are those of `deepseek_moe_1b_alflb`.
     """
-    preset = "deepseek-moe-3b"
-    return _recipe(
-        preset,
-        fn=fn,
-        dir=dir,
-        name=name,
-        trainer=_on_gpus(
-            preset, num_nodes, num_gpus_per_node, tensor_parallel, pipeline_parallel, expert_parallel, max_steps
-        ),
-        rule=rule,
-        step_size=step_size,
-        gate=gate,
-        seq_length=seq_length,
-        global_batch_size=global_batch_size,
-        micro_batch_size=micro_batch_size,
-        precision="bf16-mixed",
-    )
+    return _on_gpus("deepseek-moe-3b", **locals())
 
 
 @run.cli.factory(target=pretrain, name="deepseek_moe_tiny_alflb")
