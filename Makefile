@@ -1,7 +1,7 @@
 # Everything here sets itself up: a virtual environment in this folder, torch before what depends on it, the package.
 #   make demo         train a small DeepSeekMoE without a bias, with Megatron-Core's and with ours; table and picture
 #   make test         every test
-#   make test-hosts   Megatron-Bridge 0.3.1 and NeMo 2.7.3 for real, on Python 3.11; `make hosts` only sets them up
+#   make test-hosts   Megatron-Bridge 0.3.1, NeMo 2.7.3 and NeMo-Run for real, on Python 3.11; `make hosts launch` sets up
 #   make test-latest  core, parity and Megatron-Bridge 0.6.2 on Python 3.12 and megatron-core 0.19.2; `make latest`
 #   make check        style and types
 #   make docs         the pages that are generated from the code and from the results of the benchmarks
@@ -11,11 +11,12 @@ PYTHON_LATEST ?= python3.12
 TORCH = torch==2.13.0
 VENV = .venv
 HOSTS = .venv-hosts
+LAUNCH = .venv-launch
 LATEST = .venv-latest
 PIP = -m pip install --quiet --disable-pip-version-check
 ARGS ?=
 
-.PHONY: demo test test-hosts test-latest check docs setup hosts latest clean
+.PHONY: demo test test-hosts test-latest check docs setup hosts launch latest clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/ready
@@ -34,14 +35,16 @@ docs: $(VENV)/ready
 	$(VENV)/bin/python docs/generate.py
 	$(VENV)/bin/python -m benchmarks.report
 
-test-hosts: $(HOSTS)/ready
+test-hosts: $(HOSTS)/ready $(LAUNCH)/ready
 	$(HOSTS)/bin/python -m pytest tests/hosts/test_bridge.py tests/hosts/test_nemo.py tests/recipes $(ARGS)
+	$(LAUNCH)/bin/python -m pytest tests/recipes -k skypilot $(ARGS)
 
 test-latest: $(LATEST)/ready
 	$(LATEST)/bin/python -m pytest tests/test_routing.py tests/test_margins.py tests/test_loads.py tests/rules tests/theory tests/hosts tests/distributed $(ARGS)
 
 setup: $(VENV)/ready
 hosts: $(HOSTS)/ready
+launch: $(LAUNCH)/ready
 latest: $(LATEST)/ready
 
 $(VENV)/ready: pyproject.toml
@@ -56,6 +59,12 @@ $(HOSTS)/ready: pyproject.toml requirements/hosts.txt
 	$(HOSTS)/bin/python $(PIP) --no-deps --requirement requirements/hosts.txt --editable .
 	touch $@
 
+$(LAUNCH)/ready: pyproject.toml requirements/launch.txt
+	$(PYTHON) -m venv $(LAUNCH)
+	$(LAUNCH)/bin/python $(PIP) '$(TORCH)'
+	$(LAUNCH)/bin/python $(PIP) --no-deps --requirement requirements/launch.txt --editable .
+	touch $@
+
 $(LATEST)/ready: pyproject.toml requirements/latest.txt
 	$(PYTHON_LATEST) -m venv $(LATEST)
 	$(LATEST)/bin/python $(PIP) '$(TORCH)'
@@ -63,4 +72,4 @@ $(LATEST)/ready: pyproject.toml requirements/latest.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(HOSTS) $(LATEST)
+	rm -rf $(VENV) $(HOSTS) $(LAUNCH) $(LATEST)

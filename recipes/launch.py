@@ -229,7 +229,7 @@ def _run_packed(text: str) -> None:
 def _rendered(dryrun: Any) -> str:
     """A dry run as text; of SkyPilot's the task, for NeMo-Run 0.11.1 renders it with a function that SkyPilot moved."""
     task = getattr(dryrun.request, "task", None)
-    return str(dryrun) if task is None else importlib.import_module("yaml").safe_dump(task.to_yaml_config())
+    return str(dryrun) if task is None else importlib.import_module("yaml").safe_dump(task.to_yaml_config(), width=4096)
 
 
 def start(executor: Any, task: Any, name: str = "alflb", dryrun: bool = False) -> str:

@@ -2,9 +2,9 @@
 
 From Wang et al. 2024 (arXiv 2408.15664, appendix): batch, steps, peak and final learning rate, warm-up of the 1B model.
 Where it is silent: AdamW with betas 0.9 and 0.95, weight decay 0.1 and gradients clipped at 1, as DeepSeekMoE
-(arXiv 2401.06066) states for its own runs, and epsilon 1e-8; for the 3B model the 1B's warm-up. The 3B model's learning rate falls in
-steps (7.8e-4, 2.47e-4, 7.8e-5), which no scheduler of Megatron's does: here it falls from the first to the last of
-them on a cosine.
+(arXiv 2401.06066) states for its own runs, and epsilon 1e-8; for the 3B model the 1B's warm-up. The 3B model's learning
+rate falls in steps (7.8e-4, 2.47e-4, 7.8e-5), which no scheduler of Megatron's does: here it falls from the first to
+the last of them on a cosine.
 """
 
 from __future__ import annotations
