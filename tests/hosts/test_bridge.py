@@ -44,7 +44,8 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
     @functools.cache
     def once(variant: str, nproc: int) -> tuple[str, Path]:
         folder = tmp_path_factory.mktemp(f"{variant}-{nproc}")
-        return train(nproc, folder, *VARIANTS[variant]), folder / "checkpoints"
+        wandb = ["logger.wandb_project=alflb", "logger.wandb_exp_name=test", f"logger.wandb_save_dir={folder}"]
+        return train(nproc, folder, *VARIANTS[variant], *wandb * (variant == "adaptive")), folder / "checkpoints"
 
     return once
 
@@ -63,6 +64,7 @@ def train(nproc: int, folder: Path, *overrides: str) -> str:
         f"logger.tensorboard_dir={folder}/tensorboard",
         *overrides,
         folder=folder,
+        WANDB_MODE="offline",
     )
 
 
@@ -145,13 +147,23 @@ def test_a_hugging_face_model_keeps_its_biases_both_ways(tmp_path: Path) -> None
     assert "router.weight" not in done.stderr and "alf_" not in done.stderr  # as weights without a place are
 
 
+KEYS = ("MaxVio", "MaxVio worst layer", "load max", "load min", "expert bias spread")
+
+
+def test_wandb_has_loads_and_maxvio(run: Run) -> None:
+    _, checkpoints = run("adaptive", 2)
+    (recorded,) = checkpoints.parent.glob("wandb/offline-run-*/*.wandb")
+    history = recorded.read_bytes()
+    assert all(history.count(key.encode()) >= 20 for key in KEYS)
+
+
 def test_tensorboard_has_loads_and_maxvio(run: Run) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     _, checkpoints = run("adaptive", 2)
     events = EventAccumulator(str(checkpoints.with_name("tensorboard")))
     events.Reload()
-    for key in ("MaxVio", "MaxVio worst layer", "load max", "load min", "expert bias spread"):
+    for key in KEYS:
         assert len(events.Scalars(key)) == 20
 
 
