@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -52,6 +53,7 @@ CLOSED: dict[str, set[str]] = {
     "router.py": {"alflb_megatron.balancer", "alflb_megatron.hosts", "alflb_megatron.runs"},
     "hosts": {"alflb_megatron.runs", "alflb_megatron.cli"},
     "runs": {"alflb_megatron.cli"},
+    "../recipes": {"alflb_megatron.runs", "alflb_megatron.cli"},
 }
 
 
@@ -79,6 +81,16 @@ def test_nothing_imports_upwards(room: str) -> None:
     sources = [place] if place.is_file() else sorted(place.rglob("*.py"))
     assert sources
     assert [line for source in sources for line in _violations(source, CLOSED[room])] == []
+
+
+def test_every_package_is_installed() -> None:
+    settings = tomllib.loads((PACKAGE.parent / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["setuptools"]
+    beside = {name: PACKAGE.parent / folder for name, folder in settings["package-dir"].items()}
+    within = {
+        ".".join(init.parent.relative_to(PACKAGE.parent).parts): init.parent for init in PACKAGE.rglob("__init__.py")
+    }
+    assert set(settings["packages"]) == set(within) | set(beside)
+    assert all((folder / "__init__.py").is_file() for folder in beside.values())
 
 
 def test_the_check_can_fail(tmp_path: Path) -> None:
