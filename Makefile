@@ -16,7 +16,7 @@ LATEST = .venv-latest
 PIP = -m pip install --quiet --disable-pip-version-check
 ARGS ?=
 
-.PHONY: demo test test-hosts test-latest check docs setup hosts launch latest clean
+.PHONY: demo test test-hosts test-latest check docs setup hosts launch latest clean distclean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/ready
@@ -71,5 +71,9 @@ $(LATEST)/ready: pyproject.toml requirements/latest.txt
 	$(LATEST)/bin/python $(PIP) --no-deps --requirement requirements/latest.txt --editable .
 	touch $@
 
+# Those of the hosts are large and change with their pins only.
 clean:
-	rm -rf $(VENV) $(HOSTS) $(LAUNCH) $(LATEST)
+	rm -rf $(VENV)
+
+distclean: clean
+	rm -rf $(HOSTS) $(LAUNCH) $(LATEST)

@@ -25,6 +25,7 @@ import torch
 
 from alflb_megatron.hosts.bridge import ALFGPTModelProvider, ALFLBCallback  # first: makes Bridge importable
 from alflb_megatron.hosts.cpu import SWITCHES
+from alflb_megatron.hosts.stop import end_on_one_line
 from alflb_megatron.models import PRESETS
 from alflb_megatron.recipes.training import training_of
 from alflb_megatron.settings import SettingError
@@ -142,11 +143,9 @@ def main(arguments: list[str]) -> None:
     """Trains a recipe on this rank; ends with one line on a setting that cannot work."""
     if not arguments or arguments[0] in ("-h", "--help"):
         sys.exit(__doc__)
-    try:
-        cfg: Any = configured(arguments[0], arguments[1:])
-        cfg.model.finalize()
-    except SettingError as error:
-        sys.exit(f"alflb: {error}" if os.environ.get("RANK", "0") == "0" else 2)
+    end_on_one_line()
+    cfg: Any = configured(arguments[0], arguments[1:])
+    cfg.model.finalize()
     pretrain(cfg, forward_step, callbacks=[ALFLBCallback()])
 
 

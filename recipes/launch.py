@@ -4,7 +4,7 @@
         deepseek_moe_tiny_alflb
     python -m alflb_megatron.recipes.launch slurm --dryrun --account acct --partition batch --nodes 2 --processes 8 \
         --container-image nvcr.io/nvidia/nemo:25.11 --mounts /data:/data --env NCCL_DEBUG=WARN -- \
-        nemo llm pretrain --factory deepseek_moe_1b_alflb --yes
+        nemo llm pretrain --factory "deepseek_moe_1b_alflb(num_nodes=2)" --yes
 
 What follows `--` runs under torchrun on every node: a Python script, `-m MODULE`, or any program. `--dryrun` prints
 what would be submitted. In Python `local`, `slurm` and `skypilot` give the executors, and `start` runs a `run.Script`
@@ -130,6 +130,10 @@ def local(job: Job) -> Any:
     return _nemo_run().LocalExecutor(ntasks_per_node=job.processes, launcher="torchrun", env_vars=env)
 
 
+COMPILED = {"TORCHDYNAMO_DISABLE": "0"}
+"""For the machines of a cluster: a recipe built on one without CUDA has set this here, and Slurm hands it on."""
+
+
 def slurm(job: SlurmJob) -> Any:
     """NeMo-Run's executor for Slurm: one torchrun a node, the code that of the container."""
     run = _nemo_run()
@@ -150,7 +154,7 @@ def slurm(job: SlurmJob) -> Any:
         container_image=job.container_image or None,
         container_mounts=[f"{outside}:{inside}" for outside, inside in job.mounted.items()],
         srun_args=[part for part in job.srun_args.split(",") if part],
-        env_vars=job.environment,
+        env_vars=COMPILED | job.environment,
         launcher="torchrun",
         tunnel=tunnel,
         packager=run.Packager(),
@@ -176,7 +180,7 @@ def skypilot(job: SkypilotJob) -> Any:
         setup=job.setup or None,
         use_spot=job.spot or None,
         autodown=job.down,
-        env_vars=job.environment,
+        env_vars=COMPILED | job.environment,
         launcher="torchrun",
     )
 
@@ -250,7 +254,7 @@ def start(executor: Any, task: Any, name: str = "alflb", dryrun: bool = False) -
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command line; returns the exit code."""
+    """The command line; returns the exit code: 2 for a setting that cannot work, 1 for a job that failed."""
     words = list(sys.argv[1:] if arguments is None else arguments)
     if words[:1] == [PACKED]:
         _run_packed(words[1])
@@ -269,8 +273,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         task = script(_unquoted(command) if given.place == "local" else command)
         text = start(executor, task, job.name, given.dryrun)
     except (SettingError, ImportError, RuntimeError) as error:
-        print(error, file=sys.stderr)
-        return 1
+        print(f"alflb: {error}", file=sys.stderr)
+        return 2 if isinstance(error, SettingError) else 1
     if text:
         print(text)
     return 0

@@ -7,11 +7,11 @@ The `nemo` command finds them through the entry-point group `nemo_run.cli`. In P
 `run.Partial`, to be changed and given to `run.run` or to `alflb_megatron.recipes.launch`.
 
 Shapes come from `alflb_megatron.models`, batch, steps, learning rate and optimizer from `recipes/training.py`. The data
-are NeMo's mock data and a tokenizer that does nothing, so
-that nothing is downloaded: replace `recipe.data`. What follows the installation is decided where the recipe runs, not
-where it is built: with Transformer Engine its layers, grouped GEMM, permute fusion and RoPE fusion are used, without it
-Megatron-Core's own layers; the optimizer is TE's, apex's or torch's fused Adam, in the order in which Megatron-Core
-finds them.
+are NeMo's mock data and a tokenizer that does nothing, so that nothing is downloaded: replace `recipe.data`. What
+follows the installation is decided where the recipe runs, not where it is built: on a GPU with Transformer Engine its
+layers, grouped GEMM, permute fusion and RoPE fusion are used, else Megatron-Core's own layers; the optimizer is TE's,
+apex's or torch's fused Adam, in the order in which Megatron-Core finds them. The tiny recipe alone is for the machine
+that it is built on.
 """
 
 # nemo_run reads the annotations of factories: it resolves them away from this module's names, so that there is no
@@ -32,6 +32,7 @@ import lightning.pytorch as pl  # isort: skip
 import nemo_run as run  # isort: skip
 from megatron.core.distributed import DistributedDataParallelConfig  # isort: skip
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec  # isort: skip
+from megatron.core.utils import is_te_min_version  # isort: skip
 from nemo import lightning as nl  # isort: skip
 from nemo.collections.common.tokenizers.null_tokenizer import NullTokenizer  # isort: skip
 from nemo.collections.llm.api import pretrain  # isort: skip
@@ -44,11 +45,12 @@ from nemo.collections.llm.recipes.optim.adam import distributed_fused_adam_with_
 from nemo.utils.exp_manager import TimingCallback  # isort: skip
 
 CUDA = torch.cuda.is_available()
+TE = HAVE_TE and CUDA
 
 
 def block_spec(config: Any, vp_stage: int | None = None) -> Any:
     """Megatron-Core's decoder block, of Transformer Engine's layers where it is installed."""
-    return get_gpt_decoder_block_spec(config, use_transformer_engine=HAVE_TE, vp_stage=vp_stage)
+    return get_gpt_decoder_block_spec(config, use_transformer_engine=TE, vp_stage=vp_stage)
 
 
 @dataclass
@@ -62,9 +64,9 @@ class DeepSeekMoEConfig(GPTConfig):
     moe_token_dispatcher_type: str = "alltoall"
     moe_router_load_balancing_type: str = "none"
     moe_router_dtype: str | None = "fp32"
-    moe_grouped_gemm: bool = HAVE_TE
-    moe_permute_fusion: bool = HAVE_TE
-    apply_rope_fusion: bool = HAVE_TE
+    moe_grouped_gemm: bool = TE
+    moe_permute_fusion: bool = TE and is_te_min_version("2.1.0")
+    apply_rope_fusion: bool = TE
     masked_softmax_fusion: bool = CUDA
     cross_entropy_loss_fusion: bool = CUDA
     bias_dropout_fusion: bool = CUDA
@@ -142,7 +144,9 @@ def deepseek_moe_tiny_model(gate: str = "sigmoid") -> run.Config[pl.LightningMod
 # -- recipes -----------------------------------------------------------------------------------------------------------
 
 
-def _data(preset: str, seq_length: int | None, global_batch_size: int, micro_batch_size: int) -> run.Config[Any]:
+def _data(
+    preset: str, seq_length: int | None, global_batch_size: int, micro_batch_size: int, steps: int
+) -> run.Config[Any]:
     shape = PRESETS[preset]
     return run.Config(
         MockData,
@@ -150,6 +154,8 @@ def _data(preset: str, seq_length: int | None, global_batch_size: int, micro_bat
         tokenizer=run.Config(Tokens, size=shape.vocab_size),
         global_batch_size=global_batch_size,
         micro_batch_size=micro_batch_size,
+        num_train_samples=steps * global_batch_size,
+        num_val_samples=100 * global_batch_size,
     )
 
 
@@ -199,6 +205,7 @@ def _recipe(
             seq_length,
             training.global_batch_size if global_batch_size is None else global_batch_size,
             training.micro_batch_size if micro_batch_size is None else micro_batch_size,
+            max(training.steps, trainer.max_steps),
         ),
         log=default_log(dir=dir, name=name, tensorboard_logger=tensorboard_logger(name=name)),
         optim=_optimizer(preset, precision),

@@ -152,6 +152,6 @@ class ALFLBCallback(Callback):
 
     def on_train_step_end(self, context: CallbackContext) -> None:
         """Before Bridge logs the step, which it does from the same dictionary."""
+        shown = log_line(context.model, parallel_state.get_pipeline_model_parallel_group())
         if context.loss_dict is not None:
-            group = parallel_state.get_pipeline_model_parallel_group()
-            context.loss_dict.update(log_line(context.model, group))
+            context.loss_dict.update(shown)

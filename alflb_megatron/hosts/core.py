@@ -4,7 +4,7 @@ Two ways. *Explicit*: `with_alflb` puts the router into a layer spec and `instal
 `config.finalize_model_grads_func`; nothing of Megatron's is changed. *One line*: `enable` does both for every model
 built afterwards, whoever builds it, and `disable` takes it back.
 
-Every line that depends on the version of Megatron-Core is in this file. Read against 0.16.1 and 0.19.2.
+What of Megatron-Core differs from version to version is told apart in this file. Read against 0.16.1 and 0.19.2.
 """
 
 from __future__ import annotations

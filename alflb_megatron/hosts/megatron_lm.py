@@ -16,10 +16,8 @@ import importlib
 import logging
 import os
 import sys
-import time
-import types
 from collections.abc import Callable
-from typing import Any, NoReturn
+from typing import Any
 
 from megatron.core import parallel_state
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
@@ -29,6 +27,7 @@ from alflb_megatron import rules
 from alflb_megatron.config import PREFIX, ALFConfig
 from alflb_megatron.hosts import core
 from alflb_megatron.hosts.log import log_line
+from alflb_megatron.hosts.stop import end_on_one_line
 from alflb_megatron.settings import SettingError, add_flags, flag_of, given_environment, given_flags, knobs
 
 logger = logging.getLogger(__name__)
@@ -89,15 +88,15 @@ def enable_from(args: argparse.Namespace) -> None:
             given, or `--spec` with our block spec in a patched `pretrain_gpt.py`.
     """
     if _is_our_spec(args):
-        _end_on_one_line()
+        end_on_one_line()
         raise SettingError("--spec", " ".join(args.spec), f"is for an unpatched pretrain_gpt.py; here use {RULE}")
     if getattr(args, _attribute(RULE), None) is None:
         for flag, default in _other_flags().items():
             if (value := getattr(args, _attribute(flag), default)) != default:
-                _end_on_one_line()
+                end_on_one_line()
                 raise SettingError(flag, value, f"has no effect without {RULE}")
         return
-    _end_on_one_line()
+    end_on_one_line()
     _enable(ALFConfig(**given_flags(args, ALFConfig, PREFIX)), args)
 
 
@@ -216,46 +215,6 @@ def show_loads() -> None:
         setattr(training, wrapper.__name__, wrapper)
 
 
-# -- errors ----------------------------------------------------------------------------------------------------------
-
-
-def _end_on_one_line() -> None:
-    """A SettingError that nobody catches ends the program with its one line and exit code 2; twice is once.
-
-    Others go to the hook that was there. Megatron-Core's `build_module` raises errors of a layer anew and cannot for
-    one whose constructor takes more than a text, so the error is looked for among the causes too.
-    """
-    plain = sys.excepthook
-    if getattr(plain, "__alflb__", False):
-        return
-
-    def hook(kind: type[BaseException], error: BaseException, trace: types.TracebackType | None) -> None:
-        found: BaseException | None = error
-        while found is not None and not isinstance(found, SettingError):
-            found = found.__cause__ or found.__context__
-        if found is None:
-            plain(kind, error, trace)
-        else:
-            _leave(found)
-
-    hook.__alflb__ = True  # type: ignore[attr-defined]
-    sys.excepthook = hook
-
-
-_SECONDS_FOR_RANK_0 = 20.0
-"""How long other ranks wait: the launcher ends all at the first that leaves, and rank 0 has to have said why."""
-
-
-def _leave(error: SettingError) -> NoReturn:
-    if error.seen_by_one_rank or os.environ.get("RANK", "0") == "0":
-        print(f"alflb: {error}", file=sys.stderr)
-    else:
-        time.sleep(_SECONDS_FOR_RANK_0)
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(2)  # an orderly end of the interpreter could be aborted by the threads of a process group
-
-
 # -- the object of --spec --------------------------------------------------------------------------------------------
 
 
@@ -266,7 +225,7 @@ def _block_spec() -> Any:
         return None
     if not _is_our_spec(args):
         return None
-    _end_on_one_line()
+    end_on_one_line()
     return _block_spec_of(args)
 
 

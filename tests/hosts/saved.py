@@ -21,6 +21,11 @@ def tensors(folder: Path) -> dict[str, torch.Tensor]:
     return wanted
 
 
+def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
+    """Whether both hold the same tensors, bit for bit."""
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
 def biases(folder: Path) -> dict[str, torch.Tensor]:
     """The expert biases of the checkpoint, by name, float32 [layers, E] or [E]."""
     found = {name: value for name, value in tensors(folder).items() if name.endswith("expert_bias")}

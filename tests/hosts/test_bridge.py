@@ -16,7 +16,7 @@ import torch
 
 from alflb_megatron.hosts.cpu import trainers
 from tests.hosts.launched import free_port, logged, torchrun
-from tests.hosts.saved import biases, tensors
+from tests.hosts.saved import biases, same, tensors
 
 # Looking for `megatron.bridge` itself would import `megatron`, which is a namespace: harmless.
 pytestmark = pytest.mark.skipif(
@@ -68,12 +68,6 @@ def train(nproc: int, folder: Path, *overrides: str) -> str:
     )
 
 
-def equal(first: Path, second: Path) -> bool:
-    """Whether two checkpoints hold the same tensors, bit for bit."""
-    one, other = tensors(first), tensors(second)
-    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
-
-
 @pytest.mark.parametrize("nproc", [1, 2])
 def test_sign_gives_the_biases_of_the_built_in(run: Run, nproc: int) -> None:
     (theirs, built_in), (ours, sign) = run("builtin", nproc), run("sign", nproc)
@@ -94,25 +88,27 @@ def test_adaptive_balances_better_and_is_logged(run: Run, nproc: int) -> None:
     assert vio["adaptive"] < 0.8 * vio["builtin"] and vio["sign"] == vio["builtin"]
 
 
-def test_a_resumed_run_is_the_uninterrupted_one(run: Run, tmp_path: Path) -> None:
-    output, uninterrupted = run("adaptive", 2)
+@pytest.mark.parametrize("nproc", [1, 2])
+def test_a_resumed_run_is_the_uninterrupted_one(run: Run, tmp_path: Path, nproc: int) -> None:
+    output, uninterrupted = run("adaptive", nproc)
     half = tmp_path / "checkpoints"
     shutil.copytree(uninterrupted / "iter_0000010", half / "iter_0000010")
     shutil.copy(half / "iter_0000010" / "train_state.pt", half / "latest_train_state.pt")
     (half / "latest_checkpointed_iteration.txt").write_text("10")
-    rest = train(2, tmp_path, *VARIANTS["adaptive"])
+    rest = train(nproc, tmp_path, *VARIANTS["adaptive"])
     assert logged(rest, "lm loss") == logged(output, "lm loss")[10:]
-    assert equal(tmp_path / "checkpoints" / "iter_0000020", uninterrupted / "iter_0000020")
+    assert same(tensors(tmp_path / "checkpoints" / "iter_0000020"), tensors(uninterrupted / "iter_0000020"))
 
 
-def test_off_is_what_bridge_does_without_this_package(run: Run, tmp_path: Path) -> None:
-    output, off = run("builtin", 2)
+@pytest.mark.parametrize("nproc", [1, 2])
+def test_off_is_what_bridge_does_without_this_package(run: Run, tmp_path: Path, nproc: int) -> None:
+    output, off = run("builtin", nproc)
     config = str(off / "iter_0000020" / "run_config.yaml")
     plain = torchrun(
-        2, str(Path(__file__).with_name("bridge_plain.py")), config, str(tmp_path / "checkpoints"), folder=tmp_path
+        nproc, str(Path(__file__).with_name("bridge_plain.py")), config, str(tmp_path / "checkpoints"), folder=tmp_path
     )
     assert logged(plain, "lm loss") == logged(output, "lm loss") and "MaxVio" not in plain
-    assert equal(tmp_path / "checkpoints" / "iter_0000020", off / "iter_0000020")
+    assert same(tensors(tmp_path / "checkpoints" / "iter_0000020"), tensors(off / "iter_0000020"))
 
 
 # What is said without each of the substitutions that Bridge needs beside Megatron-Core's.
@@ -144,7 +140,15 @@ def test_a_hugging_face_model_keeps_its_biases_both_ways(tmp_path: Path) -> None
     )
     assert done.returncode == 0, done.stderr[-6000:]
     assert "biases kept: 2" in done.stdout
-    assert "router.weight" not in done.stderr and "alf_" not in done.stderr  # as weights without a place are
+    unmapped = re.findall(r"No mapping found for megatron_param: (\S+)", done.stdout + done.stderr)
+    assert any("local_experts" in name for name in unmapped)  # what Transformer Engine's layers call otherwise
+    assert not any(".router." in name for name in unmapped)
+
+
+def test_a_pipeline_whose_first_stage_is_dense(tmp_path: Path) -> None:
+    stages = ["model.pipeline_model_parallel_size=2", "model.expert_model_parallel_size=1"]
+    output = train(2, tmp_path, *stages, "model.moe_layer_freq=[0,0,1,1]", "train.train_iters=3")
+    assert len(logged(output, "MaxVio")) == 3
 
 
 KEYS = ("MaxVio", "MaxVio worst layer", "load max", "load min", "expert bias spread")
@@ -177,9 +181,14 @@ def test_tensorboard_has_loads_and_maxvio(run: Run) -> None:
     ],
 )
 def test_a_wrong_word_ends_with_one_line(words: list[str], said: str) -> None:
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-m", "alflb_megatron.recipes.bridge", *words], capture_output=True, text=True
-    )
-    assert done.returncode == 1
+    recipe = [sys.executable, "-W", "ignore", "-m", "alflb_megatron.recipes.bridge", *words]
+    done = subprocess.run(recipe, capture_output=True, text=True)
+    assert done.returncode == 2
     assert re.match("alflb: " + said, done.stderr.splitlines()[-1]), done.stderr
     assert "recipes/bridge.py" not in done.stderr  # no traceback through us; Bridge 0.6 prints some of its own
+
+
+def test_two_ranks_say_it_once_also_when_the_model_is_built(tmp_path: Path) -> None:
+    with pytest.raises(AssertionError) as failed:
+        train(2, tmp_path, "model.moe_router_load_balancing_type=sinkhorn")
+    assert str(failed.value).count("alflb: --moe-router-load-balancing-type=sinkhorn: chooses experts by itself") == 1

@@ -17,12 +17,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch.distributed.checkpoint import FileSystemReader
-from torch.distributed.checkpoint.default_planner import _EmptyStateDictLoadPlanner
-from torch.distributed.checkpoint.state_dict_loader import _load_state_dict
 
 from alflb_megatron.cli import main
 from alflb_megatron.runs.patch import SCRIPT, recognise
+from tests.hosts import saved
+from tests.hosts.launched import logged
 
 CHECKOUT = os.environ.get("MEGATRON_LM_PATH", "")
 REPOSITORY = Path(__file__).parents[2]
@@ -66,21 +65,12 @@ class Run:
         The second line of a start is left out: Megatron-LM does not reset its sums after the first iteration of a
         start, so the second line is the mean of two.
         """
-        printed = re.findall(rf"\| {re.escape(name)}: (\S+) \|", self.output)
+        printed = logged(self.output, name)
         return printed[:1] + printed[2:]
 
     def checkpoint(self, step: int = STEPS) -> dict[str, torch.Tensor]:
         """All tensors of a torch_dist checkpoint, by name."""
-        state: dict[str, object] = {}
-        reader = FileSystemReader(self.folder / "checkpoints" / f"iter_{step:07d}")
-        _load_state_dict(state, storage_reader=reader, planner=_EmptyStateDictLoadPlanner(), no_dist=True)
-        return {name: value for name, value in _flat(state) if isinstance(value, torch.Tensor)}
-
-
-def _flat(state: object, prefix: str = "") -> list[tuple[str, object]]:
-    if isinstance(state, dict):
-        return [item for name, value in state.items() for item in _flat(value, f"{prefix}{name}/")]
-    return [(prefix, state)]
+        return saved.tensors(self.folder / "checkpoints" / f"iter_{step:07d}")
 
 
 def run(tree: Path, folder: Path, nproc: int, *flags: str, steps: int = STEPS, **environment: str) -> Run:
@@ -163,10 +153,6 @@ def trained(tmp_path_factory: pytest.TempPathFactory, checkout: Path, patched: P
     return make
 
 
-def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
-    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
-
-
 def of_megatron(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """A checkpoint without what only this package writes."""
     return {name: value for name, value in state.items() if ".router.alf_" not in name}
@@ -183,14 +169,14 @@ def test_sign_gives_the_biases_of_megatron_bit_for_bit(trained: Trained, way: st
     assert len(biases) == 3 and all(bias.any() for bias in biases.values())
     assert len(ours.series("lm loss")) == STEPS - 1
     assert ours.series("lm loss") == theirs.series("lm loss")
-    assert same(of_megatron(ours.checkpoint()), theirs.checkpoint())
+    assert saved.same(of_megatron(ours.checkpoint()), theirs.checkpoint())
 
 
 @ranks
 def test_without_the_rule_a_patched_tree_is_as_it_was(trained: Trained, nproc: int) -> None:
     before, after = trained("built-in", nproc), trained("off", nproc)
     assert after.series("lm loss") == before.series("lm loss")
-    assert same(after.checkpoint(), before.checkpoint())
+    assert saved.same(after.checkpoint(), before.checkpoint())
     assert "MaxVio" not in after.output
     assert re.search(r"alflb_rule \.* None\n", after.output)
 
@@ -210,7 +196,7 @@ def test_a_resumed_run_ends_as_an_uninterrupted_one(trained: Trained, nproc: int
     whole, resumed = trained("adaptive", nproc), trained("resumed", nproc)
     assert resumed.series("lm loss") == _from_step_11(whole.series("lm loss"))
     assert resumed.series("MaxVio") == _from_step_11(whole.series("MaxVio"))
-    assert same(resumed.checkpoint(), whole.checkpoint())
+    assert saved.same(resumed.checkpoint(), whole.checkpoint())
 
 
 @ranks
@@ -248,7 +234,7 @@ def test_interleaved_pipelines_and_mtp_work_with_the_patch(patched: Path, tmp_pa
     assert len(set(piped.series("expert bias spread"))) == 3
 
 
-def test_what_spec_cannot_serve_is_refused(checkout: Path, tmp_path: Path) -> None:
+def test_an_interleaved_pipeline_by_spec_works_from_019_on(checkout: Path, tmp_path: Path) -> None:
     from_019_on = _version(checkout) >= (0, 19)
     result = run(checkout, tmp_path, 2, *INTERLEAVED, *(_mtp(checkout) if from_019_on else ()), *SPEC, steps=3)
     if from_019_on:  # the object may be a function there, which is called for each chunk
@@ -277,7 +263,9 @@ def test_what_cannot_work_ends_with_one_line(patched: Path, tmp_path: Path) -> N
 
 def test_the_flags_stand_in_help_and_in_the_log_of_arguments(patched: Path, trained: Trained, tmp_path: Path) -> None:
     helped = run(patched, tmp_path, 1, "--help")
-    if "unsupported format character" not in helped.output:  # main's own help fails, on a text that is not ours
+    if _version(patched) >= (0, 20):  # its own help fails, on a text that is not ours
+        assert "unsupported format character" in helped.output
+    else:
         assert helped.code == 0
         for flag in ("--alflb-rule", "--alflb-step-size", "--alflb-centring", "--alflb-score-unit"):
             assert flag in helped.output

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import argparse
 import importlib
-import os
-import subprocess
 import sys
 import types
 from collections.abc import Iterator
@@ -147,41 +145,3 @@ def test_loads_join_the_losses(training: Any, monkeypatch: pytest.MonkeyPatch) -
     assert list(training.logged[0]) == ["lm loss", "MaxVio"] and training.logged[0]["lm loss"] is losses["lm loss"]
     training.training_log(losses, 1)  # outside of train there is no model to speak of
     assert list(training.logged[1]) == ["lm loss"]
-
-
-PROGRAM = """
-from alflb_megatron.hosts import cpu
-cpu.prepare()
-from alflb_megatron.hosts import megatron_lm
-from alflb_megatron.settings import SettingError
-megatron_lm._end_on_one_line()
-megatron_lm._SECONDS_FOR_RANK_0 = 0
-try:
-    raise SettingError("--a", 1, "must be 2")
-except SettingError as error:
-    {then}
-"""
-
-
-@pytest.mark.parametrize(
-    ("then", "rank", "code", "said"),
-    [
-        ("raise", "0", 2, "alflb: --a=1: must be 2\n"),
-        ("raise type(error)('as build_module does')", "0", 2, "alflb: --a=1: must be 2\n"),
-        ("raise", "1", 2, ""),
-    ],
-)
-def test_an_error_is_one_line(then: str, rank: str, code: int, said: str) -> None:
-    program = [sys.executable, "-W", "ignore", "-c", PROGRAM.format(then=then)]
-    done = subprocess.run(program, capture_output=True, text=True, env={**os.environ, "RANK": rank})
-    assert (done.returncode, done.stderr) == (code, said)
-
-
-def test_other_errors_keep_their_traceback(capsys: pytest.CaptureFixture[str]) -> None:
-    megatron_lm._end_on_one_line()
-    megatron_lm._end_on_one_line()
-    try:
-        raise ZeroDivisionError("theirs")
-    except ZeroDivisionError as error:
-        sys.excepthook(type(error), error, error.__traceback__)
-    assert "ZeroDivisionError: theirs" in capsys.readouterr().err

@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -14,17 +13,13 @@ from typing import Any
 import pytest
 import torch
 
+from tests.hosts.launched import free_port
+
 NEMO = importlib.util.find_spec("nemo") is not None and importlib.util.find_spec("nemo_run") is not None
 needs_nemo = pytest.mark.skipif(not NEMO, reason="NeMo 2 (nemo-toolkit 2.7.x and nemo-run) is not installed here")
 
 STEPS = 20
 SIGN = {"rule": "sign", "step_size": 1e-3, "centring": False}
-
-
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("localhost", 0))
-        return int(listener.getsockname()[1])
 
 
 def run(command: list[str], folder: Path, **environment: str) -> str:
@@ -53,17 +48,27 @@ def train(folder: Path, ranks: int, jobs: dict[str, dict[str, Any]]) -> None:
     )
 
 
+def parity(folder: Path) -> dict[str, dict[str, Any]]:
+    """NeMo alone, with our package imported, with the callback, that run resumed from its checkpoint, and adaptive."""
+    checkpoint = str(folder / "sign" / "run" / "*" / "checkpoints" / "step=9")
+    return {
+        "alone": {"builtin": 1e-3},
+        "imported": {"builtin": 1e-3, "imported": True},
+        "sign": {"callback": dict(SIGN), "save": True},
+        "resumed": {"callback": dict(SIGN), "resume": checkpoint},
+        "adaptive": {"callback": {"rule": "adaptive"}},
+    }
+
+
 @pytest.fixture(scope="module")
 def one(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """One rank: NeMo alone, with our package imported, with the callback, and with the callback added too late."""
+    """One rank, and the callback added too late."""
     folder = tmp_path_factory.mktemp("one")
     train(
         folder,
         1,
         {
-            "alone": {"builtin": 1e-3},
-            "imported": {"builtin": 1e-3, "imported": True},
-            "sign": {"callback": dict(SIGN)},
+            **parity(folder),
             "late": {"callback": dict(SIGN), "late": True, "fails": True, "steps": 1},
         },
     )
@@ -72,19 +77,9 @@ def one(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def two(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two ranks that share the experts: NeMo alone, sign, sign resumed from its checkpoint, adaptive."""
+    """Two ranks that share the experts."""
     folder = tmp_path_factory.mktemp("two")
-    checkpoint = str(folder / "sign" / "run" / "*" / "checkpoints" / "step=9")
-    train(
-        folder,
-        2,
-        {
-            "alone": {"builtin": 1e-3},
-            "sign": {"callback": dict(SIGN), "save": True},
-            "resumed": {"callback": dict(SIGN), "resume": checkpoint},
-            "adaptive": {"callback": {"rule": "adaptive"}},
-        },
-    )
+    train(folder, 2, parity(folder))
     return folder
 
 
@@ -102,10 +97,14 @@ def assert_same_end(first: Path, second: Path) -> None:
     assert len(ends[0]["biases"]) == 2
 
 
+@pytest.fixture(params=["one", "two"])
+def folder(request: pytest.FixtureRequest) -> Path:
+    """What the runs left, at one rank and at two."""
+    return request.getfixturevalue(request.param)
+
+
 @needs_nemo
-@pytest.mark.parametrize("ranks", ["one", "two"])
-def test_sign_is_the_builtin_bit_for_bit(ranks: str, request: pytest.FixtureRequest) -> None:
-    folder = request.getfixturevalue(ranks)
+def test_sign_is_the_builtin_bit_for_bit(folder: Path) -> None:
     assert_same_end(folder / "alone", folder / "sign")
     losses = metric(folder / "alone", "reduced_train_loss")
     assert len(losses) == STEPS
@@ -113,9 +112,9 @@ def test_sign_is_the_builtin_bit_for_bit(ranks: str, request: pytest.FixtureRequ
 
 
 @needs_nemo
-def test_imported_and_unused_it_changes_nothing(one: Path) -> None:
-    assert_same_end(one / "alone", one / "imported")
-    assert metric(one / "alone", "reduced_train_loss") == metric(one / "imported", "reduced_train_loss")
+def test_imported_and_unused_it_changes_nothing(folder: Path) -> None:
+    assert_same_end(folder / "alone", folder / "imported")
+    assert metric(folder / "alone", "reduced_train_loss") == metric(folder / "imported", "reduced_train_loss")
 
 
 @needs_nemo
@@ -124,24 +123,24 @@ def test_added_after_the_model_was_built_it_stops_the_run(one: Path) -> None:
 
 
 @needs_nemo
-def test_adaptive_balances_better_than_sign(two: Path) -> None:
-    last = {rule: [float(vio) for vio in metric(two / rule, "alflb/MaxVio")[-5:]] for rule in ("sign", "adaptive")}
+def test_adaptive_balances_better_than_sign(folder: Path) -> None:
+    last = {rule: [float(vio) for vio in metric(folder / rule, "alflb/MaxVio")[-5:]] for rule in ("sign", "adaptive")}
     assert sum(last["adaptive"]) < 0.8 * sum(last["sign"]), last
 
 
 @needs_nemo
-def test_resumed_it_ends_where_the_uninterrupted_run_ends(two: Path) -> None:
-    assert_same_end(two / "sign", two / "resumed")
+def test_resumed_it_ends_where_the_uninterrupted_run_ends(folder: Path) -> None:
+    assert_same_end(folder / "sign", folder / "resumed")
     for name in ("reduced_train_loss", "alflb/MaxVio", "consumed_samples"):
-        resumed = metric(two / "resumed", name)
+        resumed = metric(folder / "resumed", name)
         assert len(resumed) == STEPS // 2
-        assert metric(two / "sign", name)[STEPS // 2 :] == resumed
+        assert metric(folder / "sign", name)[STEPS // 2 :] == resumed
 
 
 @needs_nemo
-def test_metrics_reach_lightnings_loggers(two: Path) -> None:
+def test_metrics_reach_lightnings_loggers(folder: Path) -> None:
     for name in ("MaxVio", "MaxVio worst layer", "load max", "load min", "expert bias spread"):
-        values = [float(value) for value in metric(two / "adaptive", f"alflb/{name}")]
+        values = [float(value) for value in metric(folder / "adaptive", f"alflb/{name}")]
         assert len(values) == STEPS
         assert max(values) > 0
 
@@ -164,6 +163,12 @@ def refused(call, text):
         assert text in str(error), error
     else:
         raise AssertionError(text)
+
+import inspect
+from alflb_megatron.config import ALFConfig
+from alflb_megatron.settings import knobs
+ours = inspect.signature(nemo.ALFLB).parameters
+assert {name: ours[name].default for name in ours} == {field.name: field.default for field, *_ in knobs(ALFConfig)}
 
 refused(lambda: nemo.ALFLB(rule="bogus"), "--alflb-rule=bogus")
 refused(lambda: recipes.deepseek_moe_1b_alflb(rule="bogus"), "--alflb-rule=bogus")

@@ -27,7 +27,7 @@ without_sky = pytest.mark.skipif(
     reason="is about NeMo-Run without SkyPilot",
 )
 
-RECIPE = ["nemo", "llm", "pretrain", "--factory", "deepseek_moe_1b_alflb", "--yes"]
+RECIPE = ["nemo", "llm", "pretrain", "--factory", "deepseek_moe_1b_alflb(num_nodes=2)", "--yes"]
 CONTAINER = ["--container-image", "nvcr.io/nvidia/nemo:25.11", "--mounts", "/data:/data", "--env", "A=1,B=2"]
 
 
@@ -83,7 +83,8 @@ def test_what_slurm_would_get(tmp_path: Path) -> None:
         "--container-mounts /data:/data,",
         "--mpi=pmix torchrun",
         "--nnodes 2 --nproc-per-node 8 --node-rank $SLURM_NODEID",
-        "nemo llm pretrain --factory deepseek_moe_1b_alflb --yes",
+        "nemo llm pretrain --factory 'deepseek_moe_1b_alflb(num_nodes=2)' --yes",
+        "export TORCHDYNAMO_DISABLE=0",
     ):
         assert text in printed
 
@@ -100,6 +101,7 @@ def test_what_skypilot_would_get(tmp_path: Path) -> None:
         "docker:nvcr.io/nvidia/nemo:25.11",
         f"/data: {tmp_path}/data",
         "A: '1'",
+        "TORCHDYNAMO_DISABLE: '0'",
         "--nnodes 2 --nproc-per-node 8 --node-rank $SKYPILOT_NODE_RANK",
     ):
         assert text in printed
@@ -124,5 +126,5 @@ def test_skypilot_that_is_missing_is_named(tmp_path: Path) -> None:
     ],
 )
 def test_refusals(arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert importlib.import_module("alflb_megatron.recipes.launch").main(arguments) == 1
-    assert said in capsys.readouterr().err
+    assert importlib.import_module("alflb_megatron.recipes.launch").main(arguments) == 2
+    assert f"alflb: {said}" in capsys.readouterr().err

@@ -1,0 +1,47 @@
+"""How a trainer's ranks end on a setting that cannot work: one line from rank 0, and no traceback."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+import types
+from typing import NoReturn
+
+from alflb_megatron.settings import SettingError
+
+SECONDS_FOR_RANK_0 = 20.0
+"""How long other ranks wait: the launcher ends all at the first that leaves, and rank 0 has to have said why."""
+
+
+def end_on_one_line() -> None:
+    """A SettingError that nobody catches ends the program with its one line and exit code 2; twice is once.
+
+    Others go to the hook that was there. Megatron-Core's `build_module` raises errors of a layer anew and cannot for
+    one whose constructor takes more than a text, so the error is looked for among the causes too.
+    """
+    plain = sys.excepthook
+    if getattr(plain, "__alflb__", False):
+        return
+
+    def hook(kind: type[BaseException], error: BaseException, trace: types.TracebackType | None) -> None:
+        found: BaseException | None = error
+        while found is not None and not isinstance(found, SettingError):
+            found = found.__cause__ or found.__context__
+        if found is None:
+            plain(kind, error, trace)
+        else:
+            _leave(found)
+
+    hook.__alflb__ = True  # type: ignore[attr-defined]
+    sys.excepthook = hook
+
+
+def _leave(error: SettingError) -> NoReturn:
+    if error.seen_by_one_rank or os.environ.get("RANK", "0") == "0":
+        print(f"alflb: {error}", file=sys.stderr)
+    else:
+        time.sleep(SECONDS_FOR_RANK_0)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(2)  # an orderly end of the interpreter could be aborted by the threads of a process group
