@@ -38,10 +38,11 @@ def end_on_one_line() -> None:
 
 
 def _leave(error: SettingError) -> NoReturn:
+    # sys.stderr may not be the real one: with a process group PyTorch's own hook collects what other hooks say, and
+    # would print it when we have left.
     if error.seen_by_one_rank or os.environ.get("RANK", "0") == "0":
-        print(f"alflb: {error}", file=sys.stderr)
+        print(f"alflb: {error}", file=sys.__stderr__, flush=True)
     else:
         time.sleep(SECONDS_FOR_RANK_0)
     sys.stdout.flush()
-    sys.stderr.flush()
     os._exit(2)  # an orderly end of the interpreter could be aborted by the threads of a process group
