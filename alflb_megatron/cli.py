@@ -13,6 +13,7 @@ from typing import Any, NoReturn
 
 from alflb_megatron import __version__
 from alflb_megatron.config import PREFIX, ALFConfig
+from alflb_megatron.hosts.stop import leave
 from alflb_megatron.models import ModelShape
 from alflb_megatron.runs import launch
 from alflb_megatron.runs.demo import add_arguments as add_demo_flags
@@ -119,9 +120,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         arguments: Any = parser().parse_args(words)
         return int(arguments.run(arguments, words))
     except SettingError as error:
-        if error.seen_by_one_rank or os.environ.get("RANK", "0") == "0":
-            print(f"alflb: {error}", file=sys.stderr)
-        launch.leave_if_rank(2)
+        if launch.under_a_launcher():
+            leave(error)
+        print(f"alflb: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130

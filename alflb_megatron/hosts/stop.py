@@ -31,13 +31,18 @@ def end_on_one_line() -> None:
         if found is None:
             plain(kind, error, trace)
         else:
-            _leave(found)
+            leave(found)
 
     hook.__alflb__ = True  # type: ignore[attr-defined]
     sys.excepthook = hook
 
 
-def _leave(error: SettingError) -> NoReturn:
+def leave(error: SettingError) -> NoReturn:
+    """Ends this rank with the line of the error, said once, and exit code 2.
+
+    An error leaves a process group standing, for other ranks may be inside a collective. Its threads can then outlive
+    the interpreter's orderly end, which C++ answers by aborting: the exit code would say a crash, not what went wrong.
+    """
     # sys.stderr may not be the real one: with a process group PyTorch's own hook collects what other hooks say, and
     # would print it when we have left.
     if error.seen_by_one_rank or os.environ.get("RANK", "0") == "0":
@@ -45,4 +50,4 @@ def _leave(error: SettingError) -> NoReturn:
     else:
         time.sleep(SECONDS_FOR_RANK_0)
     sys.stdout.flush()
-    os._exit(2)  # an orderly end of the interpreter could be aborted by the threads of a process group
+    os._exit(2)

@@ -57,20 +57,6 @@ def launch(arguments: Sequence[str], nproc: int) -> int:
     return 0
 
 
-def leave_if_rank(code: int) -> None:
-    """Ends the process at once where it is a rank with a process group; returns where it is not.
-
-    An error leaves the group standing, for other ranks may be inside a collective. Its threads can then outlive the
-    interpreter's orderly end, which C++ answers by aborting: the exit code would say a crash, not what went wrong.
-    """
-    import torch.distributed as dist
-
-    if under_a_launcher() and dist.is_initialized():
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
-
-
 def as_single_rank() -> None:
     """Makes this process the one rank of a job of one."""
     import socket
