@@ -18,6 +18,8 @@ from alflb_megatron.models import ModelShape
 from alflb_megatron.runs import launch
 from alflb_megatron.runs.demo import add_arguments as add_demo_flags
 from alflb_megatron.runs.demo import run as run_demo
+from alflb_megatron.runs.doctor import add_arguments as add_doctor_flags
+from alflb_megatron.runs.doctor import run as run_doctor
 from alflb_megatron.runs.job import Job, Plan, resolve, resolve_resumed
 from alflb_megatron.runs.patch import add_arguments as add_patch_flags
 from alflb_megatron.runs.patch import run as run_patch
@@ -69,6 +71,11 @@ def parser() -> argparse.ArgumentParser:
     )
     add_patch_flags(patch)
     patch.set_defaults(run=run_patch)
+    doctor = commands.add_parser(
+        "doctor", help="say what of the hosts is installed, and which path each feature takes", allow_abbrev=False
+    )
+    add_doctor_flags(doctor)
+    doctor.set_defaults(run=run_doctor)
     return top
 
 
