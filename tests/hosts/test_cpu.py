@@ -315,8 +315,9 @@ else:
 """
 
 TOO_LATE = """
-import megatron.core
 from alflb_megatron.hosts import cpu
+cpu._hide_old_resiliency()  # Megatron-Core from 0.17 on could not be imported at all beside it
+import megatron.core
 try:
     cpu.prepare()
 except RuntimeError as error:
