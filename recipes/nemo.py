@@ -7,7 +7,7 @@ The `nemo` command finds them through the entry-point group `nemo_run.cli`. In P
 `run.Partial`, to be changed and given to `run.run` or to `alflb_megatron.recipes.launch`.
 
 Shapes come from `alflb_megatron.models`, batch, steps, learning rate and optimizer from `recipes/training.py`. The data
-are NeMo's mock data and a tokenizer that does nothing, so that nothing is downloaded: replace `recipe.data`. What
+are made up (`Walk`) and the tokenizer does nothing, so that nothing is downloaded: replace `recipe.data`. What
 follows the installation is decided where the recipe runs, not where it is built: on a GPU with Transformer Engine its
 layers, grouped GEMM, permute fusion and RoPE fusion are used, else Megatron-Core's own layers; the optimizer is TE's,
 apex's or torch's fused Adam, in the order in which Megatron-Core finds them. The tiny recipe alone is for the machine
@@ -88,6 +88,7 @@ class MockData(MockDataModule):
     """
 
     init_global_step = 0
+    dataset: type = _MockGPTDataset
 
     def setup(self, stage: str = "") -> None:
         mask = self.create_attention_mask
@@ -96,7 +97,7 @@ class MockData(MockDataModule):
             ("_validation_ds", "valid", self.num_val_samples),
             ("_test_ds", "test", self.num_test_samples),
         ):
-            data = _MockGPTDataset(self.tokenizer, split, samples, self.seq_length, create_attention_mask=mask)
+            data = self.dataset(self.tokenizer, split, samples, self.seq_length, create_attention_mask=mask)
             setattr(self, name, data)
 
     def train_dataloader(self) -> Any:
@@ -105,6 +106,29 @@ class MockData(MockDataModule):
 
     state_dict = PreTrainingDataModule.state_dict
     load_state_dict = PreTrainingDataModule.load_state_dict
+
+
+class Walk(_MockGPTDataset):
+    """Tokens that walk round the vocabulary by small random strides, so that there is something to learn.
+
+    Upstream's are noise: a model that trains on it ends up with the same hidden state for every token, and then no bias
+    can spread the load.
+    """
+
+    STRIDES = 8
+
+    def __getitem__(self, idx: int) -> dict[str, torch.Tensor]:
+        generator = torch.Generator().manual_seed(self.seed + int(idx))
+        strides = torch.randint(1, 1 + self.STRIDES, (self.seq_length + 1,), generator=generator)
+        start = torch.randint(self.vocab_size, (1,), generator=generator)
+        tokens = (start + strides.cumsum(0)) % self.vocab_size
+        return {**super().__getitem__(idx), "tokens": tokens[:-1], "labels": tokens[1:]}
+
+
+class WalkData(MockData):
+    """The recipes' data: mock data of `Walk`."""
+
+    dataset = Walk
 
 
 # -- models ------------------------------------------------------------------------------------------------------------
@@ -149,7 +173,7 @@ def _data(
 ) -> run.Config[Any]:
     shape = PRESETS[preset]
     return run.Config(
-        MockData,
+        WalkData,
         seq_length=seq_length or shape.seq_length,
         tokenizer=run.Config(Tokens, size=shape.vocab_size),
         global_batch_size=global_batch_size,
