@@ -26,6 +26,8 @@ from alflb_megatron.runs.patch import run as run_patch
 from alflb_megatron.runs.record import saved_settings
 from alflb_megatron.runs.replay import add_arguments as add_replay_flags
 from alflb_megatron.runs.replay import run as run_replay
+from alflb_megatron.runs.report import add_arguments as add_report_flags
+from alflb_megatron.runs.report import run as run_report
 from alflb_megatron.runs.theory import add_arguments as add_theory_flags
 from alflb_megatron.runs.theory import run as run_theory
 from alflb_megatron.settings import SettingError, add_flags, given_flags
@@ -76,6 +78,11 @@ def parser() -> argparse.ArgumentParser:
     )
     add_doctor_flags(doctor)
     doctor.set_defaults(run=run_doctor)
+    report = commands.add_parser(
+        "report", help="draw one page about a run, or several side by side", allow_abbrev=False
+    )
+    add_report_flags(report)
+    report.set_defaults(run=run_report)
     return top
 
 
