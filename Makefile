@@ -36,7 +36,7 @@ docs: $(VENV)/ready
 	$(VENV)/bin/python -m benchmarks.report
 
 test-hosts: $(HOSTS)/ready $(LAUNCH)/ready
-	$(HOSTS)/bin/python -m pytest tests/hosts/test_bridge.py tests/hosts/test_nemo.py tests/recipes $(ARGS)
+	$(HOSTS)/bin/python -m pytest tests/hosts/test_bridge.py tests/hosts/test_nemo.py tests/hosts/test_huggingface.py tests/recipes $(ARGS)
 	$(LAUNCH)/bin/python -m pytest tests/recipes -k skypilot $(ARGS)
 
 test-latest: $(LATEST)/ready

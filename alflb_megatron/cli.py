@@ -16,6 +16,8 @@ from alflb_megatron.config import PREFIX, ALFConfig
 from alflb_megatron.hosts.stop import leave
 from alflb_megatron.models import ModelShape
 from alflb_megatron.runs import launch
+from alflb_megatron.runs.bias import add_arguments as add_bias_flags
+from alflb_megatron.runs.bias import run as run_bias
 from alflb_megatron.runs.demo import add_arguments as add_demo_flags
 from alflb_megatron.runs.demo import run as run_demo
 from alflb_megatron.runs.doctor import add_arguments as add_doctor_flags
@@ -78,6 +80,11 @@ def parser() -> argparse.ArgumentParser:
     )
     add_doctor_flags(doctor)
     doctor.set_defaults(run=run_doctor)
+    bias = commands.add_parser(
+        "bias", help="show expert biases, or write them for Hugging Face's models", allow_abbrev=False
+    )
+    add_bias_flags(bias)
+    bias.set_defaults(run=run_bias)
     report = commands.add_parser(
         "report", help="draw one page about a run, or several side by side", allow_abbrev=False
     )

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from alflb_megatron.config import PREFIX, ALFConfig
@@ -82,6 +83,11 @@ class Job:
     out: str = knob("", "run folder; default runs/<preset>-<rule>-<seed>", metavar="DIR")
     resume: bool = knob(False, "go on from the last checkpoint in the run folder")
     load: str = knob("", "start from this checkpoint folder of another run", metavar="DIR")
+    bias: str = knob(
+        "",
+        "start from the expert biases of this run, .safetensors file or Hugging Face folder; the rule starts anew",
+        metavar="SOURCE",
+    )
     save_every: int = knob(0, "steps between checkpoints; 0 for one at the end", minimum=0)
     save: bool = knob(True, "write checkpoints at all")
     record_scores: int = knob(
@@ -148,6 +154,11 @@ class Plan:
     alf: ALFConfig | None
     builtin_rate: float | None
 
+    @property
+    def score_unit(self) -> str:
+        """Where the bias is added; Megatron-Core adds its own to the scores."""
+        return "score" if self.alf is None else self.alf.score_unit
+
     def as_dict(self) -> dict[str, Any]:
         """Every resolved setting, for `config.json`."""
         return {
@@ -192,6 +203,8 @@ def resolve(job: Mapping[str, Any], shape: Mapping[str, Any], alf: Mapping[str, 
     _check_parts(plan.job, plan.shape)
     if plan.job.certify:
         _check_certify(plan)
+    if plan.job.bias:
+        _check_bias(plan)
     return plan
 
 
@@ -219,7 +232,7 @@ def resolve_resumed(
     own.pop("rule", None)
     if job.get("rule", before.job.rule) != before.job.rule:
         own = {}
-    this_time: dict[str, Any] = {"json": False, "load": "", "record_scores": 0, "resume": True}
+    this_time: dict[str, Any] = {"json": False, "load": "", "bias": "", "record_scores": 0, "resume": True}
     if {"tp", "ep"} & job.keys():
         this_time["etp"] = 0
     return resolve(
@@ -301,6 +314,20 @@ def _check_certify(plan: Plan) -> None:
         import scipy  # noqa: F401
     except ImportError:
         raise SettingError("--certify", job.certify, "needs SciPy (pip install scipy)") from None
+
+
+def _check_bias(plan: Plan) -> None:
+    """Whether the model can start from the biases of `--bias`: they are read here, before any rank is started."""
+    from alflb_megatron.runs.bias import starting
+
+    job = plan.job
+    if job.rule == "none":
+        raise SettingError("--bias", job.bias, "needs a rule, or builtin: with --rule none there is no expert bias")
+    if job.resume:
+        raise SettingError("--bias", job.bias, "cannot be given with --resume: the run goes on with its own")
+    if Path(job.bias).resolve() == Path(job.folder).resolve():
+        raise SettingError("--bias", job.bias, "is the folder this run is written to; name another with --out")
+    starting(job.bias, plan.shape, plan.score_unit)
 
 
 def _check_parts(job: Job, shape: ModelShape) -> None:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from alflb_megatron import metrics
 from alflb_megatron.hosts import cpu
+from alflb_megatron.runs.bias import starting
 from alflb_megatron.runs.job import Plan
 from alflb_megatron.runs.progress import Progress
 from alflb_megatron.runs.record import RunFolder, summarise
@@ -65,6 +66,7 @@ class _Session:
     def __init__(self, plan: Plan) -> None:
         from megatron.core import parallel_state
 
+        from alflb_megatron.hosts.expert_bias import load_bias
         from alflb_megatron.runs import build, checkpoint
         from alflb_megatron.runs.data import open_data
 
@@ -101,6 +103,8 @@ class _Session:
         self.trainee = build.trainee(plan)
         if (saved := self.resumed or self.loaded) is not None:
             checkpoint.load(self.trainee, plan, saved, weights_only=self.loaded is not None)
+        if job.bias:
+            load_bias(self.trainee.chunks, starting(job.bias, shape, plan.score_unit), "--bias")
         self.trainee.scheduler.step(increment=self.start)
 
     def _run_folder(self) -> RunFolder | None:
