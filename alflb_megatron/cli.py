@@ -32,6 +32,8 @@ from alflb_megatron.runs.report import add_arguments as add_report_flags
 from alflb_megatron.runs.report import run as run_report
 from alflb_megatron.runs.theory import add_arguments as add_theory_flags
 from alflb_megatron.runs.theory import run as run_theory
+from alflb_megatron.runs.watch import add_arguments as add_watch_flags
+from alflb_megatron.runs.watch import run as run_watch
 from alflb_megatron.settings import SettingError, add_flags, given_flags
 
 
@@ -90,6 +92,9 @@ def parser() -> argparse.ArgumentParser:
     )
     add_report_flags(report)
     report.set_defaults(run=run_report)
+    watch = commands.add_parser("watch", help="show a running job in the terminal", allow_abbrev=False)
+    add_watch_flags(watch)
+    watch.set_defaults(run=run_watch)
     return top
 
 

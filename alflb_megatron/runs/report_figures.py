@@ -1,8 +1,8 @@
-"""The pictures of `alflb report`: loss, MaxVio, loads, biases, gain, certificates. House look of `runs/plots.py`.
+"""The pictures of `alflb report` in which runs share the axes: loss, MaxVio, spread, gain, certificates.
 
 Each function takes `History` objects and returns a matplotlib figure, or None where no run has what it shows. All are
-equally wide, half a page, so that the loads and the biases of a run stand side by side and a phone shows one under the
-other.
+equally wide, half a page, so that two stand side by side and a phone shows one under the other. House look of
+`runs/plots.py`.
 """
 
 from __future__ import annotations
@@ -14,9 +14,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from alflb_megatron.runs.history import Array, History, Track, clean, number
+from alflb_megatron.runs.history import History
 from alflb_megatron.runs.plots import COLOURS, figure_class, smooth
 from alflb_megatron.runs.record import maxvio_text
+from alflb_megatron.runs.steps import Array, clean, number
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -24,10 +25,8 @@ if TYPE_CHECKING:
 
 DPI = 190
 WIDTH = 6.6  # inches
-PANELS = 64  # layers in one picture at the most
 MOST_RUNS = 2 * len(COLOURS)
 STYLES: tuple[tuple[str, str], ...] = tuple(itertools.product(("-", "--"), COLOURS))
-MISSING = "#DDDDDD"
 
 
 def style(at: int) -> dict[str, Any]:
@@ -47,12 +46,12 @@ def label(text: str, length: int = 34) -> str:
     return f" {shown}" if shown.startswith("_") else shown
 
 
-def _figure(height: float) -> Figure:
+def canvas(height: float) -> Figure:
     figure: Figure = figure_class()(figsize=(WIDTH, height), dpi=DPI, layout="constrained")
     return figure
 
 
-def _dress(axes: Axes) -> None:
+def dress(axes: Axes) -> None:
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
 
@@ -64,10 +63,10 @@ def _step_axis(axes: Axes, runs: Sequence[History]) -> None:
     last = max(float(run.series("step")[-1]) for run in runs)
     axes.set_xlim(first if first < last else first - 0.5, last if first < last else last + 0.5)
     axes.xaxis.set_major_locator(MaxNLocator(nbins=7, integer=True))
-    axes.xaxis.set_major_formatter(lambda value, _: _steps_text(value, last))
+    axes.xaxis.set_major_formatter(lambda value, _: steps_text(value, last))
 
 
-def _steps_text(value: float, largest: float) -> str:
+def steps_text(value: float, largest: float) -> str:
     return f"{value / 1000:g}k" if largest >= 10_000 and value else f"{value:g}"
 
 
@@ -133,11 +132,11 @@ def _positive(values: Array) -> Array:
 
 def loss(runs: Sequence[History]) -> Figure | None:
     """The loss over the steps, raw and smoothed, a line a run; a loss that is not finite is a gap."""
-    figure = _figure(3.7)
+    figure = canvas(3.7)
     axes, window = figure.add_subplot(), window_of(runs)
     if not _thin_and_thick(axes, runs, "loss", window, lambda values: values):
         return None
-    _dress(axes)
+    dress(axes)
     _step_axis(axes, runs)
     axes.set(xlabel="training step" + _window_text(window), ylabel="loss, nats a token")
     if len(runs) > 1:
@@ -147,7 +146,7 @@ def loss(runs: Sequence[History]) -> Figure | None:
 
 def loss_difference(runs: Sequence[History]) -> Figure | None:
     """The loss minus that of the first run at the same step, smoothed; None where no other run shares 3 steps."""
-    figure = _figure(3.7)
+    figure = canvas(3.7)
     axes, window, drawn = figure.add_subplot(), window_of(runs), []
     first = runs[0]
     for run, look in zip(runs[1:], styles(runs)[1:], strict=True):
@@ -161,7 +160,7 @@ def loss_difference(runs: Sequence[History]) -> Figure | None:
     if not drawn:
         return None
     axes.axhline(0.0, color=COLOURS[0], linewidth=1.0)
-    _dress(axes)
+    dress(axes)
     _step_axis(axes, drawn)
     axes.set(xlabel="training step" + _window_text(window), ylabel=f"loss - loss of {label(first.label, 20)}")
     _legend(axes)
@@ -174,7 +173,7 @@ def _window_text(window: int) -> str:
 
 def maxvio(runs: Sequence[History]) -> Figure | None:
     """MaxVio over the steps, mean over the MoE layers, with the sampling floor of each run's sizes."""
-    figure = _figure(3.7)
+    figure = canvas(3.7)
     axes, window = figure.add_subplot(), window_of(runs)
     if not _thin_and_thick(axes, runs, "maxvio_mean", window, _positive):
         return None
@@ -187,7 +186,7 @@ def maxvio(runs: Sequence[History]) -> Figure | None:
     for at, floor in enumerate(floors):
         name = "sampling floor" if at == 0 else None
         axes.axhline(floor, color="black", linestyle=(0, (5, 3)), linewidth=1.0, label=name)
-    _dress(axes)
+    dress(axes)
     _step_axis(axes, runs)
     _log_axis(axes)
     _name_floors(axes, floors)
@@ -219,120 +218,12 @@ def _name_floors(axes: Axes, floors: Sequence[float]) -> None:
         )  # fmt: skip
 
 
-def _grid(tracks: Sequence[Track]) -> tuple[int, int]:
-    """Rows and columns of a picture with a panel for each track."""
-    columns = 1 if len(tracks) <= 3 else 2 if len(tracks) <= 16 else 3 if len(tracks) <= 36 else 4
-    return math.ceil(len(tracks) / columns), columns
-
-
-def shown_tracks(run: History) -> list[Track]:
-    """The layers that have a panel: all of them, or `PANELS` evenly spaced ones, by number."""
-    tracks = sorted(run.tracks.values(), key=lambda track: (track.layer, track.experts))
-    if len(tracks) <= PANELS:
-        return tracks
-    return [tracks[round(at)] for at in np.linspace(0, len(tracks) - 1, PANELS)]
-
-
-def _panels(run: History, tracks: Sequence[Track]) -> tuple[Figure, list[Axes]]:
-    rows, columns = _grid(tracks)
-    height = 2.6 if len(tracks) == 1 else {1: 1.5, 2: 1.5, 3: 1.35, 4: 1.15}[columns]
-    figure = _figure(0.75 + rows * height)
-    every = figure.subplots(rows, columns, squeeze=False, sharex=True)
-    axes = list(every.flat)[: len(tracks)]
-    for unused in list(every.flat)[len(tracks) :]:
-        unused.remove()
-    for at, (one, track) in enumerate(zip(axes, tracks, strict=True)):
-        one.set_title(f"layer {track.layer}", fontsize=9, pad=3)
-        one.tick_params(labelsize=8)
-        # The lowest panel of a column has the ticks, wherever it ends.
-        one.tick_params(labelbottom=at + columns >= len(tracks))
-    figure.supxlabel("training step", fontsize=9)
-    return figure, axes
-
-
-def loads_limit(runs: Sequence[History]) -> float:
-    """Where the colours of the loads end, one for all runs so that they can be compared: 1.25 to 4 times the mean."""
-    parts = [track.relative_loads(run.bins).ravel() for run in runs for track in shown_tracks(run)]
-    values = np.concatenate(parts) if parts else np.array([])
-    values = values[np.isfinite(values)]
-    largest = float(np.quantile(values, 0.99)) if len(values) else 1.0
-    return next((nice for nice in (1.25, 1.5, 2.0, 3.0, 4.0) if nice >= largest), 4.0)
-
-
-def loads(run: History, limit: float) -> Figure | None:
-    """Loads of every expert over the steps, divided by the layer's mean; a panel a layer, colours centred at 1."""
-    from matplotlib import colormaps
-    from matplotlib.colors import LogNorm
-    from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
-
-    tracks = [track for track in shown_tracks(run) if np.isfinite(track.relative_loads(run.bins)).any()]
-    if not tracks:
-        return None
-    figure, axes = _panels(run, tracks)
-    colours = colormaps["PuOr_r"].with_extremes(bad=MISSING)
-    norm = LogNorm(1 / limit, limit)  # twice and half the mean are equally far from the centre
-    image: Any = None
-    for one, track in zip(axes, tracks, strict=True):
-        relative = track.relative_loads(run.bins)
-        shown = np.ma.masked_invalid(np.where(relative > 0, relative, np.where(relative <= 0, 1e-9, np.nan)))
-        image = one.pcolormesh(run.edges(), np.arange(track.experts + 1) - 0.5, shown.T, norm=norm, cmap=colours)
-        one.invert_yaxis()
-        one.yaxis.set_major_locator(MaxNLocator(nbins=4, integer=True))
-        _bin_axis(one, run)
-    figure.supylabel("expert", fontsize=9)
-    bar = figure.colorbar(image, ax=axes, extend="both", location="top", aspect=45, fraction=0.05, pad=0.02)
-    ticks = sorted({1.0, limit, 1 / limit, math.sqrt(limit), 1 / math.sqrt(limit)})
-    bar.ax.xaxis.set_major_locator(FixedLocator(ticks))
-    bar.ax.xaxis.set_minor_locator(NullLocator())
-    bar.ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.2g}x"))
-    bar.ax.tick_params(labelsize=8)
-    bar.set_label("load / mean load of the layer", fontsize=9)
-    return figure
-
-
-def _bin_axis(axes: Axes, run: History) -> None:
-    from matplotlib.ticker import MaxNLocator
-
-    edges = run.edges()
-    axes.set_xlim(edges[0], edges[-1])
-    axes.xaxis.set_major_locator(MaxNLocator(nbins=4, integer=True))
-    axes.xaxis.set_major_formatter(lambda value, _: _steps_text(value, edges[-1]))
-
-
-def bias(run: History) -> Figure | None:
-    """The expert bias over the steps, a line an expert and a panel a layer; None for a run without a bias."""
-    from matplotlib import colormaps
-    from matplotlib.ticker import MaxNLocator
-
-    tracks = shown_tracks(run)
-    if not any(track.has("bias") for track in tracks):
-        return None
-    figure, axes = _panels(run, tracks)
-    middle = (run.edges()[:-1] + run.edges()[1:] - 1) / 2
-    for one, track in zip(axes, tracks, strict=True):
-        means = track.mean("bias", run.bins)
-        seen = np.flatnonzero(np.isfinite(means).all(axis=1))
-        order = np.argsort(np.argsort(means[seen[-1]])) if len(seen) else np.arange(track.experts)
-        for expert, rank in enumerate(order):
-            colour = colormaps["viridis"](0.95 * rank / max(1, track.experts - 1))
-            marker = "o" if len(seen) == 1 else None
-            width = 0.9 if track.experts <= 64 else 0.5
-            one.plot(middle, means[:, expert], color=colour, linewidth=width, marker=marker, markersize=3)
-        _dress(one)
-        _bin_axis(one, run)
-        one.yaxis.set_major_locator(MaxNLocator(nbins=4))
-        one.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
-    unit = "logits" if run.setting("score_unit") == "logit" else "score units"
-    figure.supylabel(f"expert bias, {unit}", fontsize=9)
-    return figure
-
-
 def spread(runs: Sequence[History]) -> Figure | None:
     """max - min of the expert bias, of the layer where it is largest, a line a run; None where no run has a bias."""
     with_bias = [run for run in runs if any(track.has("bias") for track in run.tracks.values())]
     if not with_bias:
         return None
-    figure = _figure(3.2)
+    figure = canvas(3.2)
     axes = figure.add_subplot()
     for run, look in zip(runs, styles(runs), strict=True):
         if run in with_bias:
@@ -340,7 +231,7 @@ def spread(runs: Sequence[History]) -> Figure | None:
             marker = "o" if len(values) == 1 else None
             shown = np.where(np.isfinite(values), values, np.nan)
             axes.plot(run.series("step"), shown, linewidth=1.6, label=label(run.label), marker=marker, **look)
-    _dress(axes)
+    dress(axes)
     _step_axis(axes, with_bias)
     axes.set(xlabel="training step", ylabel="spread of the bias (max - min),\nlargest layer")
     if len(runs) > 1:
@@ -353,7 +244,7 @@ def gain(runs: Sequence[History]) -> Figure | None:
     with_gain = [run for run in runs if any(track.has("gain") for track in run.tracks.values())]
     if not with_gain:
         return None
-    figure = _figure(3.2)
+    figure = canvas(3.2)
     axes = figure.add_subplot()
     for run, look in zip(runs, styles(runs), strict=True):
         if run not in with_gain:
@@ -366,7 +257,7 @@ def gain(runs: Sequence[History]) -> Figure | None:
         count = np.isfinite(rows).sum(axis=0)
         mean = np.where(count > 0, np.nansum(rows, axis=0) / np.maximum(count, 1), np.nan)
         axes.plot(middle, mean, linewidth=1.8, label=label(run.label), marker=marker, **look)
-    _dress(axes)
+    dress(axes)
     _step_axis(axes, with_gain)
     axes.set_xlabel("training step   (thin: each layer; thick: their mean)")
     axes.set_ylabel("gain of the rule")
@@ -386,7 +277,7 @@ def certificates(runs: Sequence[History]) -> Figure | None:
     certified = [run for run in runs if run.certificates]
     if not certified:
         return None
-    figure = _figure(3.2)
+    figure = canvas(3.2)
     found = False
     for axes, (key, text) in zip(figure.subplots(1, len(CERTIFIED)), CERTIFIED, strict=True):
         for run, look in zip(runs, styles(runs), strict=True):
@@ -400,7 +291,7 @@ def certificates(runs: Sequence[History]) -> Figure | None:
             at = np.unique(steps[fit])
             medians = [float(np.median(values[fit & (steps == step)])) for step in at]
             axes.plot(at, medians, linewidth=1.6, label=label(run.label, 20), **look)
-        _dress(axes)
+        dress(axes)
         _step_axis(axes, certified)
         axes.xaxis.get_major_locator().set_params(nbins=4)
         _log_axis(axes)

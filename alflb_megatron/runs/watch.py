@@ -1,0 +1,245 @@
+"""`alflb watch`: a running job in the terminal, from the metrics.jsonl that it writes.
+
+Only what was appended since the last look is read. A file that is replaced or cut (a resumed run) is noticed and read
+anew; of a long file only the end is read at first.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import stat
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+from alflb_megatron.runs.history import History
+from alflb_megatron.runs.steps import Step, clean, number, read_object
+from alflb_megatron.settings import SettingError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+TAIL = 2**24
+"""Bytes at the end of a file that are read when it is first opened."""
+PIECE = 2**22
+"""Bytes read at once."""
+LONGEST = 2**28
+"""Bytes of the longest line that is waited for."""
+
+
+class Tail:
+    """Reads the records that are appended to a metrics.jsonl, by `look`; to be closed, or used in `with`.
+
+    The file is kept open: as long as it is, no other file can have its number, so a file that was replaced is
+    recognised without doubt.
+    """
+
+    def __init__(self, path: Path, tail: int = TAIL) -> None:
+        self.path, self.tail = path, tail
+        self.bytes_read = 0
+        """Of all looks together."""
+        self.broken = 0
+        """Whole lines that were no records of a step."""
+        self._file: int | None = None
+        self._offset = 0
+        self._rest = b""
+        self._skip = False  # the first line, whose beginning lies before where reading began
+
+    def look(self) -> tuple[list[Step], bool]:
+        """The steps that were appended since the last look, and whether they are the first ones of a (new) file.
+
+        A file that is not there has no steps. SettingError (RUN) where the name belongs to something else than a file.
+        """
+        try:
+            here = os.stat(self.path)
+        except (FileNotFoundError, NotADirectoryError):
+            self.close()
+            return [], False
+        except OSError as error:
+            raise SettingError("RUN", clean(self.path), f"cannot be read ({error.strerror})") from None
+        fresh = self._file is None
+        if self._file is not None:
+            held = os.fstat(self._file)
+            fresh = (held.st_dev, held.st_ino) != (here.st_dev, here.st_ino) or here.st_size < self._offset
+        if fresh and not self._open(here):
+            return [], False
+        return self._read(), fresh
+
+    def _open(self, here: os.stat_result) -> bool:
+        self.close()
+        if not stat.S_ISREG(here.st_mode):
+            raise SettingError("RUN", clean(self.path), "must be a file that a run writes")
+        try:
+            self._file = os.open(self.path, os.O_RDONLY)
+        except FileNotFoundError:
+            return False  # between the two calls
+        except OSError as error:
+            raise SettingError("RUN", clean(self.path), f"cannot be read ({error.strerror})") from None
+        self._offset = max(0, os.fstat(self._file).st_size - self.tail)
+        self._skip = self._offset > 0
+        return True
+
+    def _read(self) -> list[Step]:
+        assert self._file is not None
+        steps = []
+        while piece := os.pread(self._file, PIECE, self._offset):
+            self._offset += len(piece)
+            self.bytes_read += len(piece)
+            *lines, self._rest = (self._rest + piece).split(b"\n")
+            if len(self._rest) > LONGEST:
+                self._rest, self._skip = b"", True
+            for line in lines:
+                if self._skip:
+                    self._skip = False
+                elif (step := self._step(line)) is not None:
+                    steps.append(step)
+        return steps
+
+    def _step(self, line: bytes) -> Step | None:
+        try:
+            record = json.loads(line)
+            if isinstance(record, dict):
+                return Step.of(record)
+        except (ValueError, RecursionError):
+            pass
+        self.broken += 1
+        return None
+
+    def close(self) -> None:
+        if self._file is not None:
+            os.close(self._file)
+        self._file, self._offset, self._rest, self._skip = None, 0, b"", False
+
+    def __enter__(self) -> Tail:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self.close()
+
+
+class Watched:
+    """A run folder as it is seen from outside, look after look."""
+
+    def __init__(self, path: Path, tail: int = TAIL) -> None:
+        if path.exists() and not path.is_dir():
+            raise SettingError("RUN", clean(path), "must name the folder of a run, and this is a file")
+        self.path = path
+        self.tail = Tail(path / "metrics.jsonl", tail)
+        self.history = self._begin()
+
+    def _begin(self) -> History:
+        history = History(self.path, clean(self.path), tracked=False)
+        history.config = _object(self.path / "config.json")
+        return history
+
+    def look(self) -> list[Step]:
+        """Takes in what is new; returns the new steps."""
+        # Before the records: it is written after the last of them.
+        summary = _object(self.path / "summary.json")
+        steps, fresh = self.tail.look()
+        if fresh or not self.history.config:
+            config = _object(self.path / "config.json")
+            if fresh:
+                self.history = self._begin()
+            self.history.config = config
+        for step in steps:
+            if self.history.last is not None and step.step <= self.history.last.step:
+                self.history = self._begin()  # written over in place
+            self.history.add(step)
+        self.history.summary = summary
+        return steps
+
+    def age(self) -> float:
+        """Seconds since the file was written to; nan where there is none."""
+        try:
+            return max(0.0, time.time() - (self.path / "metrics.jsonl").stat().st_mtime)
+        except OSError:
+            return math.nan
+
+
+def _object(path: Path) -> dict[str, Any]:
+    """A JSON object of a file, {} while there is none that can be read: a run may be starting."""
+    try:
+        return read_object(path)
+    except (OSError, ValueError):
+        return {}
+
+
+def watch(run: str | os.PathLike[str], once: bool = False, every: float = 2.0, console: Console | None = None) -> None:
+    """Shows the run folder `run` every `every` seconds until its summary.json is there; `once`: as it stands.
+
+    On a terminal the same frame is drawn anew; elsewhere there is a line for each look that found something, and a
+    frame at the end. SettingError: `--every` below 0.1, RUN where there is a file, or, with `once`, no record.
+    """
+    from rich.console import Console
+
+    from alflb_megatron.runs.watch_view import frame, line
+
+    if not (math.isfinite(every) and every >= 0.1):
+        raise SettingError("--every", every, "must be at least 0.1 seconds")
+    console = console or Console(highlight=False, markup=False, emoji=False)
+    watched = Watched(Path(run))
+    with watched.tail:
+        if once:
+            watched.look()
+            if watched.history.last is None:
+                raise SettingError("RUN", clean(run), "holds no whole record of a step yet")
+            console.print(frame(watched, console, whole=not console.is_terminal))
+        elif console.is_terminal:
+            _live(watched, console, every)
+        else:
+            _plain(watched, console, every, line)
+
+
+def _live(watched: Watched, console: Console, every: float) -> None:
+    from rich.live import Live
+
+    from alflb_megatron.runs.watch_view import frame
+
+    with Live(console=console, auto_refresh=False, vertical_overflow="crop", transient=False) as live:
+        while True:
+            watched.look()
+            live.update(frame(watched, console), refresh=True)
+            if watched.history.ended() and watched.history.last is not None:
+                return
+            time.sleep(every)
+
+
+def _plain(watched: Watched, console: Console, every: float, line: Any) -> None:
+    from alflb_megatron.runs.watch_view import frame
+
+    waiting = False
+    while True:
+        steps = watched.look()
+        for step in steps:
+            for text in step.alarms:
+                console.print(f"step {step.step}: alarm: {text}", soft_wrap=True)
+        if watched.history.ended() and watched.history.last is not None:
+            console.print(frame(watched, console, whole=True))
+            return
+        if steps:
+            console.print(line(watched), soft_wrap=True)
+        elif watched.history.last is None and not waiting:
+            waiting = True
+            console.print(f"waiting for {clean(watched.tail.path)}", soft_wrap=True)
+        time.sleep(every)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the arguments of `alflb watch` to `parser`."""
+    parser.add_argument("run_folder", metavar="RUN", help="the run folder of a job; it may not have begun yet")
+    parser.add_argument("--once", action="store_true", help="show the run as it stands, and end")
+    parser.add_argument(
+        "--every", type=float, default=2.0, metavar="SECONDS", help="between two looks (default: %(default)s)"
+    )
+
+
+def run(flags: argparse.Namespace, arguments: Sequence[str] = ()) -> int:
+    """`watch` with parsed flags; returns 0. SettingError for what cannot work."""
+    watch(flags.run_folder, flags.once, number(flags.every))
+    return 0
