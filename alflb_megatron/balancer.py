@@ -1,5 +1,8 @@
 """Once per global batch: gather the loads, sum them, move the biases by their rule, centre, commit, report.
 
+The update does not wait for the optimizer's: loads were measured and hold whether the weights move or not. So where a
+loss scaler skips a step, the biases move all the same, on every rank alike, as Megatron-Core's own do.
+
 `launch` starts one all-reduce for all layers; `commit` waits for it and writes the biases. Between the two the host
 finishes its gradient reduction, which hides ours. Both are idempotent within a global batch, so a host may reach them
 by more than one way.
@@ -10,15 +13,17 @@ from __future__ import annotations
 import logging
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from alflb_megatron import metrics
-from alflb_megatron.config import ALFConfig
+from alflb_megatron import agreement, margins, metrics
+from alflb_megatron.agreement import DisagreementError
+from alflb_megatron.alarms import Alarms
+from alflb_megatron.config import PREFIX, ALFConfig
 from alflb_megatron.loads import LoadSum, LoadWindow, Seen
 from alflb_megatron.rules import State, Stats, kept
 
@@ -43,16 +48,29 @@ class Record:
     layers: layer numbers as Megatron-Core counts them, from 1; MTP layers go on after the decoder's last.
     loads: int64 [E] a layer, summed over the reduce group. bias: float32 [E] a layer after the update, None where
     the router has none. rejected: bool [layers], True where the update was refused and the bias stayed as it was.
+    drift: float32 [layers], the largest move of a bias, score units. gain: float32 [layers], the rule's gain, NaN where
+    it has none. curvature: float64 [layers], mean eigenvalue of the dual's Hessian on the zero-sum subspace per token
+    (theory/curvature.py: the modulus of strong convexity is at most that), NaN where margins are not measured.
+    alarms: lines given after this update.
     """
 
     layers: tuple[int, ...]
     loads: tuple[Tensor, ...]
     bias: tuple[Tensor | None, ...]
     rejected: Tensor
+    drift: Tensor
+    gain: Tensor
+    curvature: Tensor
+    alarms: tuple[str, ...] = ()
 
     def max_vio(self) -> Tensor:
         """MaxVio of each layer, float64 [layers]."""
-        return torch.stack([metrics.max_vio(loads) for loads in self.loads])
+        return metrics.of_layers(metrics.max_vio, self.loads)
+
+    def spread(self) -> Tensor:
+        """Spread of the bias of each layer, float32 [layers]; 0 where the router has none."""
+        zero = self.drift.new_zeros(1)
+        return metrics.of_layers(metrics.bias_spread, [zero if bias is None else bias for bias in self.bias])
 
 
 class Balancer:
@@ -67,37 +85,48 @@ class Balancer:
         self.last: Record | None = None
         self.updates = 0
         self.rejections: Tensor | int = 0  # updates refused so far, int64 [layers] once there was one to judge
+        self.disagreements = 0  # checks so far that found ranks with different biases or rule state
         self._sum: LoadSum | None = None
+        self._digests: list[Tensor] = []
+        self._alarms: Alarms | None = None
 
     @torch.no_grad()
     def launch(self) -> None:
         """Starts the all-reduce of this global batch's loads. Nothing happens while one is under way."""
         if self._sum is None and self.seats:
-            self._sum = LoadSum([seat.load_window for seat in self.seats], self.group)
+            self._digests = [agreement.digest(_held(seat)) for seat in self._ours()] if self._is_checked() else []
+            riding = agreement.slots(self._digests) if self._digests else None
+            self._sum = LoadSum([seat.load_window for seat in self.seats], self.group, passenger=riding)
 
     @torch.no_grad()
     def commit(self) -> Record | None:
-        """Waits for the loads, moves every bias that is not frozen, empties the windows; None if none was launched."""
+        """Waits for the loads, moves every bias that is not frozen, empties the windows; None if none was launched.
+
+        Raises:
+            DisagreementError: ranks hold different biases or rule state and a layer's settings say to stop on that.
+                Every rank raises it.
+        """
         if self._sum is None:
             return None
         seen, sent_from_here = self._sum.wait(), self._sum.sent
-        self._sum = None
-        refused = [torch.zeros_like(layer.unsound, dtype=torch.bool) for layer in seen]
+        riding, self._sum = self._sum.passenger, None
+        alarms = self._check(riding) if self._digests else []
+        device = seen[0].unsound.device
+        outcome = _Outcome.of_nothing(len(seen), device)
         for config, seats in self._alike():
             rows = _update(config, [self.seats[i] for i in seats], [seen[i] for i in seats])
-            for index, row in zip(seats, rows, strict=True):
-                refused[index] = row
-        rejected = torch.cat(refused)
+            outcome.put(torch.tensor(seats, device=device), rows)
         for seat, sent in zip(self.seats, sent_from_here, strict=True):
             seat.load_window.take(sent)
         self.updates += 1
+        self.rejections = self.rejections + outcome.rejected
         self.last = Record(
             layers=self.layers,
             loads=tuple(layer.loads_E for layer in seen),
             bias=tuple(None if seat.expert_bias is None else seat.expert_bias.clone() for seat in self.seats),
-            rejected=rejected,
+            **vars(outcome),
         )
-        self.rejections = self.rejections + rejected
+        self._watch(alarms)
         self._log()
         return self.last
 
@@ -119,16 +148,93 @@ class Balancer:
                 stacks[seat.alf, seat.load_window.counts_E.numel()].append(index)
         return [(config, indices) for (config, _), indices in stacks.items()]
 
+    # -- what may be wrong -------------------------------------------------------------------------------------------
+
+    def _ours(self) -> list[Seat]:
+        return [seat for seat in self.seats if seat.alf is not None]
+
+    def _is_checked(self) -> bool:
+        """Whether the update that begins now looks for ranks that differ; every rank has the same settings."""
+        every = max((seat.alf.check_every for seat in self.seats if seat.alf), default=0)
+        alone = not dist.is_initialized() or dist.get_world_size(self.group) == 1
+        return every > 0 and not alone and self.updates % every == 0
+
+    def _check(self, riding: Tensor) -> list[str]:
+        """Finds ranks that differ and makes them equal, or raises; what is to be said of it."""
+        digests, self._digests = self._digests, []
+        if agreement.agreed(riding, dist.get_world_size(self.group)):
+            return []
+        self.disagreements += 1
+        found = agreement.locate(digests, self.group)
+        ours = self._ours()
+        numbers = [layer for layer, seat in zip(self.layers, self.seats, strict=True) if seat.alf is not None]
+        where = agreement.described(found, numbers, self.group)
+        text = f"ranks hold other biases or rule state than most ranks do ({where})"
+        if any(cast(ALFConfig, ours[index].alf).on_disagreement == "stop" for index in found.layers):
+            raise DisagreementError(
+                f"{text}. Look at what those ranks loaded, and at their memory; --{PREFIX}on-disagreement heal goes on"
+            )
+        for index, source in found.source.items():
+            agreement.share(_held(ours[index]), source, self.group)
+        return [f"{text}: they have taken over what most hold. Look at what they loaded, and at their memory."]
+
+    def _watch(self, alarms: list[str]) -> None:
+        """Counts what may be wrong and gives the lines that are due."""
+        assert self.last is not None
+        if self._alarms is None:
+            bounded = [getattr(seat, "score_function", "") in ("sigmoid", "softmax") for seat in self.seats]
+            self._alarms = Alarms(self.layers, [seat.alf for seat in self.seats], bounded)
+        if any(config is not None and config.alarm_after for config in self._alarms.configs):
+            last = self.last
+            self._alarms.count(last.loads, last.max_vio(), last.spread(), last.rejected)
+            alarms = alarms + self._alarms.look(self.updates)
+        if alarms:
+            self.last = replace(self.last, alarms=tuple(alarms))
+            if self._speaks():
+                for line in alarms:
+                    logger.warning("update %d: %s", self.updates, line)
+
+    def _speaks(self) -> bool:
+        """Whether this rank is the one of its group that logs."""
+        return not dist.is_initialized() or dist.get_rank(self.group) == 0
+
     def _log(self) -> None:
         every = max((seat.alf.log_every for seat in self.seats if seat.alf), default=0)
-        here = not dist.is_initialized() or dist.get_rank(self.group) == 0
-        if here and every and self.updates % every == 0 and self.last is not None:
+        if self._speaks() and every and self.updates % every == 0 and self.last is not None:
             vio = self.last.max_vio()
             logger.info("global batch %d: MaxVio mean %.4f max %.4f", self.updates, vio.mean(), vio.max())
 
 
-def _update(config: ALFConfig, seats: Sequence[Seat], seen: Sequence[Seen]) -> Tensor:
-    """One step of the rule for seats that share settings and width; bool [L, 1], True where it was refused.
+def _held(seat: Seat) -> list[Tensor]:
+    """The tensors that have to be the same on all ranks: bias, n, rule state."""
+    n, state = seat.read_state()
+    return [cast(Tensor, seat.expert_bias), n, *state.values()]
+
+
+@dataclass
+class _Outcome:
+    """What came of one update, a row a layer, as in `Record`."""
+
+    rejected: Tensor
+    drift: Tensor
+    gain: Tensor
+    curvature: Tensor
+
+    @staticmethod
+    def of_nothing(layers: int, device: torch.device) -> _Outcome:
+        """For layers that were not updated."""
+        nan = torch.full((layers,), float("nan"), device=device)
+        drift = torch.zeros(layers, device=device)
+        return _Outcome(torch.zeros(layers, dtype=torch.bool, device=device), drift, nan.clone(), nan.double())
+
+    def put(self, layers: Tensor, rows: _Outcome) -> None:
+        """Puts in the rows of some layers, in place."""
+        for name, whole in vars(self).items():
+            whole.index_copy_(0, layers, getattr(rows, name))
+
+
+def _update(config: ALFConfig, seats: Sequence[Seat], seen: Sequence[Seen]) -> _Outcome:
+    """One step of the rule for seats that share settings and width.
 
     A layer that saw no token is left as it is. So is one whose step is refused: some token's scores were NaN or
     infinite on any rank, counts overflowed, or the rule itself gave a number that is not finite.
@@ -148,9 +254,32 @@ def _update(config: ALFConfig, seats: Sequence[Seat], seen: Sequence[Seen]) -> T
     overflown_L1 = (loads_LE < 0).any(dim=-1, keepdim=True)
     refused_L1 = unsound_L1 | overflown_L1 | ~moved_LE.isfinite().all(dim=-1, keepdim=True)
     commit_L1 = some_L1 & ~refused_L1
+    if config.stop_after:
+        moved_LE, going_L1 = _scheduled(config, bias_LE, moved_LE, n_L1)
+        commit_L1 = commit_L1 & going_L1
     moved_LE = torch.where(commit_L1, moved_LE, bias_LE)
     n_L1 = n_L1 - 1 + commit_L1
     after = {name: kept(commit_L1, rows, state[name]) for name, rows in moved.items()}
     for row, seat in enumerate(seats):
         seat.write_state(moved_LE[row], n_L1[row], {name: rows[row] for name, rows in after.items()})
-    return refused_L1
+    drift_L = (moved_LE - bias_LE).abs().amax(dim=-1)
+    nan_L = torch.full_like(drift_L, float("nan"))
+    curvature_L = nan_L.double()
+    if histogram_LEB is not None:
+        experts = loads_LE.shape[1]
+        curvature_L = margins.density_at_tie(histogram_LEB, loads_LE) * experts / max(experts - 1, 1)
+    gain_L = after["gain"].mean(dim=-1) if "gain" in after else nan_L
+    return _Outcome(refused_L1.squeeze(-1), drift_L, gain_L, curvature_L)
+
+
+def _scheduled(config: ALFConfig, bias_LE: Tensor, moved_LE: Tensor, n_L1: Tensor) -> tuple[Tensor, Tensor]:
+    """The move of update n under `stop_after` and `fade`, and whether there is one at all, bool [L, 1].
+
+    It follows from n alone, so a resumed run goes on where it was. DeepSeek-V3 (arXiv 2412.19437, section 4.2) sets the
+    step to zero for the last 500B of its 14.8T tokens.
+    """
+    left_L1 = config.stop_after + 1 - n_L1  # updates left, this one included
+    if config.fade:
+        share_L1 = (left_L1 / (config.fade + 1)).clamp(max=1.0)
+        moved_LE = torch.where(share_L1 < 1, bias_LE + share_L1 * (moved_LE - bias_LE), moved_LE)
+    return moved_LE, left_L1 > 0

@@ -38,10 +38,36 @@ class ALFConfig:
     )
     centring: bool = knob(True, "keep the biases of a layer at mean zero; the choice of experts does not change")
     frozen: bool = knob(False, "watch only: loads are counted and reported, the bias stays as it is")
+    stop_after: int = knob(
+        0, "updates after which the bias stands still, as at the end of DeepSeek-V3's training; 0 for never", minimum=0
+    )
+    fade: int = knob(0, "how many of the last updates before --alflb-stop-after shrink linearly to nothing", minimum=0)
+    check_every: int = knob(
+        10, "updates between checks that all ranks hold the same biases and rule state; 0 for never", minimum=0
+    )
+    on_disagreement: str = knob(
+        "heal",
+        "what to do where they do not: heal (take over what most ranks hold, and log an error) or stop the training",
+        choices=("heal", "stop"),
+    )
+    alarm_after: int = knob(
+        100, "updates in a row for which something must be wrong before it is logged as an alarm; 0 for none", minimum=0
+    )
+    alarm_max_vio: float = knob(2.0, "MaxVio above which a layer is in alarm", minimum=0.0)
+    alarm_spread: float | None = knob(
+        None,
+        "spread of a layer's bias above which it is in alarm; none is 1 where the bias is added to sigmoid or softmax "
+        "scores, which differ by less, and no alarm elsewhere",
+        above=0.0,
+    )
+    log_layers: bool = knob(False, "show MaxVio and bias spread of every layer in TensorBoard and W&B too")
     log_every: int = knob(0, "log MaxVio of every n-th global batch through Python's logging; 0 for never", minimum=0)
 
     def __post_init__(self) -> None:
         check(self, PREFIX)
+        if self.fade > self.stop_after:
+            flag, allowed = f"--{PREFIX}fade", f"must be at most --{PREFIX}stop-after, {self.stop_after}"
+            raise SettingError(flag, self.fade, allowed)
         _ = self.rule_knobs  # a rule's wrong knob stops here, not at the first update
 
     @cached_property
@@ -64,6 +90,6 @@ def parse_options(text: str) -> dict[str, Any]:
             raise SettingError("--alflb-rule-options", part, "must be name=value, several separated by commas")
         try:
             options[name.strip()] = json.loads(value)
-        except json.JSONDecodeError:
+        except (ValueError, RecursionError):  # also a number of thousands of digits, and brackets nested as deeply
             options[name.strip()] = value.strip()
     return options

@@ -164,11 +164,16 @@ class LoadSum:
     """What several windows saw, being summed over a process group by one asynchronous all-reduce.
 
     Windows may have different numbers of experts, and histograms or none: all travels as one flat tensor, int64 without
-    histograms and int32 with them, which holds global batches of up to 2^31 - 1 tokens.
+    histograms and int32 with them, which holds global batches of up to 2^31 - 1 tokens. A `passenger`, a few small
+    integers that are to be summed as well, rides along.
     """
 
     def __init__(
-        self, windows: Sequence[LoadWindow], group: dist.ProcessGroup | None, with_margins: bool = True
+        self,
+        windows: Sequence[LoadWindow],
+        group: dist.ProcessGroup | None,
+        with_margins: bool = True,
+        passenger: Tensor | None = None,
     ) -> None:
         here = [window.now() for window in windows]
         if not with_margins:
@@ -176,7 +181,9 @@ class LoadSum:
         self._here = here
         narrow = any(seen.histogram_EB is not None for seen in here)
         dtype = torch.int32 if narrow else torch.int64
-        self._flat = torch.cat([part.reshape(-1).to(dtype) for seen in here for part in seen if part is not None])
+        flat = [part.reshape(-1).to(dtype) for seen in here for part in seen if part is not None]
+        self._riding = 0 if passenger is None else passenger.numel()
+        self._flat = torch.cat(flat if passenger is None else [*flat, passenger.to(dtype)])
         self.sent = self._unpack(self._flat.clone())  # this rank's share
         alone = not dist.is_initialized() or dist.get_world_size(group) == 1
         self._work = None if alone else dist.all_reduce(self._flat, group=group, async_op=True)
@@ -193,9 +200,15 @@ class LoadSum:
             self._work = None
         return self._unpack(self._flat)
 
+    @property
+    def passenger(self) -> Tensor:
+        """The sum of what rode along, after `wait`."""
+        return self._flat[self._flat.numel() - self._riding :]
+
     def _unpack(self, flat: Tensor) -> list[Seen]:
         """Views of the histograms, int64 of the counts."""
-        parts = iter(flat.split([part.numel() for seen in self._here for part in seen if part is not None]))
+        sizes = [part.numel() for seen in self._here for part in seen if part is not None]
+        parts = iter(flat.split([*sizes, self._riding]))
         return [
             Seen(
                 loads_E=next(parts).to(torch.int64),

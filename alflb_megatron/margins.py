@@ -154,6 +154,28 @@ def move_to_load(histogram_LEB: Tensor, load_L1: Tensor) -> Tensor:
     return torch.where(total_LE > 0, -margin_LE, 0.0).float()
 
 
+def density_at_tie(histogram_LEB: Tensor, loads_LE: Tensor, share: float = 0.1) -> Tensor:
+    """How much of its tokens an expert wins or loses with its bias, float64 [L], mean over experts, a unit of score.
+
+    That is the density of margins at zero, per token: the mean of the diagonal of the dual's Hessian (theory/curvature).
+    It is taken from the nearest bins around zero that hold `share` of the load; 0 where a layer saw no token.
+
+    Args:
+        histogram_LEB: margins of one global batch, integer [L, E, B].
+        loads_LE: its loads, integer [L, E].
+        share: of the tokens that experts have, so many are looked at.
+    """
+    counts_LB = histogram_LEB.sum(dim=1, dtype=torch.int64)
+    every_L = counts_LB.sum(dim=1)  # margins: one of each expert a token
+    around_LS = (counts_LB[:, SIDE:] + counts_LB[:, :SIDE].flip(1)).cumsum(1)
+    wanted_L1 = share * loads_LE.sum(dim=1, keepdim=True)
+    upper_S = edges(histogram_LEB.device)[SIDE + 1 :].clone()
+    upper_S[-1] = float("inf")  # the outermost bin has no end
+    nearest_L1 = (around_LS < wanted_L1).sum(dim=1, keepdim=True).clamp(max=SIDE - 1)
+    held_L, width_L = around_LS.gather(1, nearest_L1).squeeze(1), 2 * upper_S[nearest_L1.squeeze(1)]
+    return torch.where(every_L > 0, held_L / (width_L * every_L.clamp(min=1)), 0.0)
+
+
 def exact_move(margins_TE: Tensor, mean_load: float) -> Tensor:
     """By how much each bias must move, alone, for its expert to carry the mean load, to the token: float32 [E].
 

@@ -7,10 +7,19 @@ one figure a layer. A layer without any load counts as balanced.
 from __future__ import annotations
 
 import functools
+import math
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
+
+
+def of_layers(figure: Callable[[Tensor], Tensor], rows: Sequence[Tensor]) -> Tensor:
+    """`figure` of each row, stacked [layers, ...]; in one go where all layers have as many experts."""
+    if len({row.numel() for row in rows}) == 1:
+        return figure(torch.stack(list(rows)))
+    return torch.stack([figure(row) for row in rows])
 
 
 def mean_load(loads: Tensor) -> Tensor:
@@ -38,6 +47,39 @@ def max_vio(loads: Tensor) -> Tensor:
     return (-violation(loads)).max(dim=-1).values
 
 
+STARVED = 0.1
+"""An expert is starved below this share of the mean load."""
+
+
+def variation(loads: Tensor) -> Tensor:
+    """Coefficient of variation of the loads, their standard deviation over their mean; float64 [...]."""
+    return violation(loads).square().mean(dim=-1).sqrt()
+
+
+def evenness(loads: Tensor) -> Tensor:
+    """exp(H) / E with H the entropy of the shares A_k / sum A, float64 [...]: the share of experts in effective use.
+
+    1 is perfect balance, 1/E everything at one expert; 1 for a layer without any load.
+    """
+    total = loads.sum(dim=-1, keepdim=True).to(torch.float64)
+    shares = torch.where(total > 0, loads / total.clamp(min=1), 1 / loads.shape[-1])
+    return torch.special.entr(shares).sum(dim=-1).exp() / loads.shape[-1]
+
+
+def starved(loads: Tensor) -> Tensor:
+    """bool [..., E]: experts with less than `STARVED` of the mean load, those without any included."""
+    return violation(loads) > 1 - STARVED
+
+
+def overload(loads: Tensor, ranks: int) -> Tensor:
+    """How much more than the mean the fullest of `ranks` expert-parallel ranks has to do: max / mean, float64 [...].
+
+    Megatron-Core gives each rank the next E / ranks experts; 1 is balance, `ranks` everything at one rank.
+    """
+    per_rank = loads.unflatten(-1, (ranks, -1)).sum(dim=-1)
+    return 1 + max_vio(per_rank)
+
+
 def bias_spread(bias: Tensor) -> Tensor:
     """max_k p_k - min_k p_k [...]: how far the bias reaches, in score units; constants added to p do not change it."""
     return bias.max(dim=-1).values - bias.min(dim=-1).values
@@ -51,15 +93,40 @@ def correlation(a: Tensor, b: Tensor) -> Tensor:
 
 
 @functools.cache
+def floor_constant(topk: int, experts: int) -> float:
+    """c where the sampling floor of T tokens tends to c / sqrt(T) for large T.
+
+    A load is then normal with relative variance (E/K - 1) / T, and loads are correlated by -1 / (E - 1): their largest
+    lies sqrt(E / (E - 1)) times as far above the mean as that of E independent normals, whose mean is found by
+    quadrature.
+    """
+    if not 1 <= topk <= experts:
+        raise ValueError(f"no draw of {topk} distinct experts out of {experts}")
+    if topk == experts:
+        return 0.0
+    z = torch.linspace(-12, 12, 24001, dtype=torch.float64)
+    below = torch.special.ndtr(z) ** experts
+    largest = float(torch.trapezoid(torch.where(z > 0, 1 - below, -below), z))  # E[X] of a distribution function
+    return largest * math.sqrt((experts / topk - 1) * experts / (experts - 1))
+
+
+DRAWN_UP_TO = 100_000
+"""Tokens above which `sampling_floor` takes the limit for large T: drawing would take longer than it is worth."""
+
+
+@functools.cache
 def sampling_floor(tokens: int, topk: int, experts: int, draws: int = 200, seed: int = 0) -> float:
     """Mean MaxVio of one layer if each of `tokens` tokens draws `topk` distinct of `experts` experts uniformly.
 
-    Estimated from `draws` simulated batches with a fixed seed. A bias set before the batch is seen can equalise
+    Estimated from `draws` simulated batches with a fixed seed, above `DRAWN_UP_TO` tokens as c / sqrt(T)
+    (`floor_constant`). A bias set before the batch is seen can equalise
     the probabilities of the experts, not the luck of the draw: this is where MaxVio stays on average when all
     probabilities are equal and tokens choose independently. ValueError unless 1 <= topk <= experts, tokens >= 1.
     """
     if not (tokens >= 1 and draws >= 1 and 1 <= topk <= experts):
         raise ValueError(f"no draw of {topk} distinct experts out of {experts} by {tokens} tokens")
+    if tokens > DRAWN_UP_TO:
+        return floor_constant(topk, experts) / math.sqrt(tokens)
     generator = np.random.default_rng(seed)
     mean = tokens * topk / experts
     total = 0.0

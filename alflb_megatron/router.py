@@ -3,16 +3,22 @@
 Gating, input jitter, z-loss, auxiliary losses, capacity and replay are the parent's; what differs is the choice of
 experts (`routing.select`) and the counting of demand (`loads.LoadWindow`). Buffers keep Megatron's names and types:
 `expert_bias` is float32 [E] and checkpointed where Megatron-Core would keep its own, so checkpoints load both ways.
-Beside it live `alf_n` (updates so far, int64 [1]) and one `alf_<name>` for each row of rule state.
+Beside it live `alf_n` (updates so far, int64 [1]), one `alf_<name>` for each row of rule state, and `alf_rule` (int64
+[1], `identity` of the rule's name), by which a checkpoint of another rule is told apart: its bias is kept, n and state
+begin afresh.
 """
 
 from __future__ import annotations
 
+import functools
+import logging
 import warnings
+import zlib
 from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from megatron.core.transformer.moe.moe_utils import (
     apply_router_token_dropping,
     compute_routing_scores_for_aux_loss,
@@ -22,11 +28,14 @@ from megatron.core.transformer.moe.router import TopKRouter
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
+from alflb_megatron import rules
 from alflb_megatron.config import ALFConfig
 from alflb_megatron.loads import LoadWindow
 from alflb_megatron.routing import Gate, group_limited_topk, margins_of_map, scores_of, select
 from alflb_megatron.rules import State
 from alflb_megatron.settings import SettingError
+
+logger = logging.getLogger(__name__)
 
 STATE_PREFIX = "alf_"
 """Buffers that are ours alone begin with this; a checkpoint without them loads, and they start afresh."""
@@ -51,8 +60,11 @@ class ALFRouter(TopKRouter):
 
     expert_bias: Tensor
     alf_n: Tensor
+    alf_rule: Tensor
     score_taps: tuple[Callable[[Tensor], None], ...] = ()
     """Each is shown the scores of the tokens that are counted, [T, E] before the bias, without gradient."""
+    logit_taps: tuple[Callable[[Tensor], None], ...] = ()
+    """Each is shown the logits of those tokens, [T, E], without gradient."""
 
     def __init__(
         self,
@@ -83,13 +95,18 @@ class ALFRouter(TopKRouter):
         device = torch.cuda.current_device()
         self.load_window = LoadWindow(self.num_experts, device, with_margins=self.gate.threshold is not None)
         self._new_buffer("expert_bias", torch.zeros(self.num_experts, dtype=torch.float32, device=device))
+        rows = self._first_state()
+        if taken := {"n", "rule"} & rows.keys():
+            raise ValueError(f"rule {self.alf.rule}: no state may be named {taken.pop()}, which every router keeps")
         self._new_buffer("alf_n", torch.zeros(1, dtype=torch.int64, device=device))
-        rows = {name: rows[0] for name, rows in self.alf.rule_knobs.init(layers=1, experts=self.num_experts).items()}
-        if "n" in rows:
-            raise ValueError(f"rule {self.alf.rule}: no state may be named n, which is the number of updates")
+        self._new_buffer("alf_rule", torch.tensor([identity(self.alf.rule)], device=device))
         self._state_names = tuple(rows)
         for name, row in rows.items():
             self._new_buffer(STATE_PREFIX + name, row.to(device))
+
+    def _first_state(self) -> State:
+        """The rule's state before the first update: this layer's row of each."""
+        return {name: rows[0] for name, rows in self.alf.rule_knobs.init(layers=1, experts=self.num_experts).items()}
 
     def _new_buffer(self, name: str, value: Tensor) -> None:
         if hasattr(self, name):  # the parent leaves `expert_bias = None` where its own bias is off
@@ -135,6 +152,8 @@ class ALFRouter(TopKRouter):
                 scores_TE = scores_of(logits_TE.detach(), self.gate)
                 for tap in self.score_taps:
                     tap(scores_TE if valid_T is None else scores_TE[valid_T])
+            for tap in self.logit_taps:
+                tap(logits_TE.detach() if valid_T is None else logits_TE.detach()[valid_T])
         if self.config.moe_router_fusion:
             probs_TE, map_TE = topk_routing_with_score_function(
                 logits_TE,
@@ -206,7 +225,7 @@ class ALFRouter(TopKRouter):
     # -- precision and checkpoints -----------------------------------------------------------------------------------
 
     def _own_state(self) -> list[str]:
-        return ["expert_bias", "alf_n", *(STATE_PREFIX + name for name in self._state_names)]
+        return ["expert_bias", "alf_n", "alf_rule", *(STATE_PREFIX + name for name in self._state_names)]
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> ALFRouter:
         """Moves to another device, but never rounds our state: `Float16Module` casts every floating buffer."""
@@ -219,13 +238,42 @@ class ALFRouter(TopKRouter):
         return self
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
-        """Loads; state of ours that `state_dict` lacks stays as it is, which in a new model is its beginning.
+        """Loads, and says once what of a checkpoint is not carried on.
 
-        It was written without this package, or with another rule, or is a part of a model.
+        State of ours that `state_dict` lacks stays as it is, which in a new model is its beginning: it was written
+        without this package, or is a part of a model. Where another rule wrote it, its bias is taken and n and state
+        begin afresh: the n of u / n, or a gain learnt with another rule, would mislead this one.
         """
+        first = {STATE_PREFIX + name: row for name, row in self._first_state().items()}
+        written_by = state_dict.get(prefix + "alf_rule")
+        if written_by is not None and int(written_by) != identity(self.alf.rule):
+            afresh = {"alf_n": torch.zeros_like(self.alf_n), "alf_rule": self.alf_rule, **first}
+            state_dict.update({prefix + name: row for name, row in afresh.items()})
+            _say(
+                f"the checkpoint was written by rule {_name_of(int(written_by))}: rule {self.alf.rule} goes on from "
+                f"its biases; n and rule state ({', '.join(first) or 'it has none'}) begin afresh"
+            )
+        elif prefix + "expert_bias" in state_dict and (absent := [n for n in first if prefix + n not in state_dict]):
+            _say(f"the checkpoint holds biases but no {', '.join(absent)} of rule {self.alf.rule}: these begin afresh")
         for name in self._own_state():
             state_dict.setdefault(prefix + name, getattr(self, name))
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+
+def identity(rule: str) -> int:
+    """A number that stands for a rule's name in a checkpoint."""
+    return zlib.crc32(rule.encode())
+
+
+def _name_of(number: int) -> str:
+    return next((name for name in rules.names() if identity(name) == number), "another (not known here)")
+
+
+@functools.cache
+def _say(text: str) -> None:
+    """Logs `text` once, not for every layer, on rank 0."""
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        logger.warning(text)
 
 
 def check_gate(config: TransformerConfig, alf: ALFConfig) -> None:
