@@ -12,11 +12,13 @@ written, by a run that was killed. One process writes a folder (rank 0); nothing
 
 from __future__ import annotations
 
+import errno
 import importlib.metadata
 import json
 import math
 import os
 import platform
+import stat
 import statistics
 import subprocess
 import warnings
@@ -62,6 +64,13 @@ SUMMARY_KEYS = (
 )
 
 
+LARGEST_JSON = 2**26
+"""Bytes of the largest JSON file that is read: a config.json has some thousand, a summary.json more."""
+
+LONGEST_LINE = 2**28
+"""Bytes of the longest line of a metrics.jsonl that is read."""
+
+
 class HalfWrittenLine(UserWarning):
     """The last line of a metrics.jsonl is cut off: its run was killed, or is writing it now."""
 
@@ -89,6 +98,34 @@ def write_json(path: Path, value: Any) -> None:
     _replace(path, [_dumps(value, indent=2) + "\n"])
 
 
+def regular(path: Path) -> None:
+    """OSError unless `path` is a regular file or a link to one: to open a FIFO would wait, a device may never end."""
+    if not stat.S_ISREG(path.stat().st_mode):
+        raise OSError(errno.EINVAL, "no regular file", str(path))
+
+
+def read_json(path: Path) -> Any:
+    """The content of a JSON file. OSError where there is no such regular file, ValueError (one line) where no JSON."""
+    regular(path)
+    with path.open("rb") as file:
+        text = file.read(LARGEST_JSON + 1)
+    if len(text) > LARGEST_JSON:
+        raise ValueError(f"more than {LARGEST_JSON} bytes")
+    return _loads(text.decode("utf-8"))
+
+
+def _loads(text: str) -> Any:
+    """Strict JSON; ValueError for all else: also for NaN, and for what is nested too deeply to be read."""
+
+    def refuse(name: str) -> None:
+        raise ValueError(f"{name} is no number of JSON")
+
+    try:
+        return json.loads(text, parse_constant=refuse)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+
+
 def _replace(path: Path, pieces: Iterable[str]) -> None:
     part = path.with_name(f".{path.name}.part")
     with part.open("w", encoding="utf-8") as file:
@@ -106,16 +143,19 @@ def _require(record: Mapping[str, Any], keys: Sequence[str], what: str) -> None:
 
 def _scan(path: Path) -> Iterator[tuple[str, dict[str, Any] | None]]:
     """Each line of `path` with its record; None stands for the record of a half-written last line."""
+    regular(path)
     with path.open(encoding="utf-8", errors="replace") as file:
-        for number, line in enumerate(file, 1):
+        for number, line in enumerate(iter(lambda: file.readline(LONGEST_LINE), ""), 1):
+            if len(line) == LONGEST_LINE:
+                raise ValueError(f"{path}, line {number}: longer than {LONGEST_LINE} characters")
             try:
-                record = json.loads(line)
-            except json.JSONDecodeError as error:
+                record = _loads(line)
+            except ValueError as error:
                 if not line.endswith("\n"):  # only the last line can lack its end
                     yield line, None
                     return
                 raise ValueError(f"{path}, line {number}: not JSON ({error})") from None
-            if not isinstance(record, dict) or not isinstance(record.get("step"), int):
+            if not isinstance(record, dict) or type(record.get("step")) is not int:
                 raise ValueError(f"{path}, line {number}: not a record of a step")
             yield line if line.endswith("\n") else line + "\n", record
 
@@ -124,7 +164,7 @@ def read_metrics(path: str | os.PathLike[str]) -> Iterator[dict[str, Any]]:
     """Yields the records of a metrics.jsonl, or of the run folder that holds one, in the order of the file.
 
     A half-written last line is left out with a `HalfWrittenLine` warning that says so; damage anywhere else
-    is a ValueError with the line's number.
+    is a ValueError with the line's number. OSError where there is no such regular file.
     """
     path = Path(path)
     if path.is_dir():
@@ -140,7 +180,7 @@ def read_metrics(path: str | os.PathLike[str]) -> Iterator[dict[str, Any]]:
 def is_run(path: Path) -> bool:
     """Whether `path` is a folder that `RunFolder` made: it has a config.json with our keys."""
     try:
-        config = json.loads((path / "config.json").read_text(encoding="utf-8"))
+        config = read_json(path / "config.json")
     except (OSError, ValueError):
         return False
     return isinstance(config, dict) and all(key in config for key in CONFIG_KEYS)
@@ -149,7 +189,7 @@ def is_run(path: Path) -> bool:
 def saved_settings(folder: str | os.PathLike[str], flag: str) -> dict[str, Any]:
     """The settings in a run folder's config.json; SettingError naming `flag` where there is no run that can be read."""
     try:
-        settings = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))["settings"]
+        settings = read_json(Path(folder) / "config.json")["settings"]
         if not isinstance(settings, dict):
             raise TypeError("settings is no object")
         return settings
@@ -167,7 +207,8 @@ class RunFolder:
     With `resume_step` the records after that step are dropped from metrics.jsonl, and a summary, which
     described the longer run, is removed.
 
-    Raises SettingError (`--out`) if `path` is a file, or holds something that is no run of ours.
+    Raises SettingError (`--out`) if `path` is a file, holds something that is no run of ours, or records that cannot be
+    read or gone on with; the folder is then as it was.
     """
 
     def __init__(self, path: str | os.PathLike[str], resume_step: int | None = None) -> None:
@@ -177,20 +218,30 @@ class RunFolder:
         )
         self.checkpoints = self.path / "checkpoints"
         self.last_step = resume_step or 0
-        if self.path.exists() and not self.path.is_dir():
-            raise SettingError("--out", path, "must be a folder, and this is a file")
         try:
+            if self.path.exists() and not self.path.is_dir():
+                raise SettingError("--out", path, "must be a folder, and this is a file")
             self.path.mkdir(parents=True, exist_ok=True)
-            found = [p for p in self.path.iterdir() if not p.name.endswith(".part")]
+            # An empty metrics.jsonl alone is what a run leaves that was killed before its config.json was written.
+            found = [
+                p
+                for p in self.path.iterdir()
+                if not p.name.endswith(".part") and not (p == self.metrics and p.stat().st_size == 0)
+            ]
         except OSError as error:
             raise SettingError("--out", path, f"must be a folder that can be written ({error.strerror})") from None
         if found and not is_run(self.path):
             raise SettingError("--out", path, "must be a new folder, an empty one or that of an earlier run")
         if resume_step is None and any(p.suffix != ".part" for p in self.checkpoints.glob("step_*")):
             raise SettingError("--out", path, "holds a run with checkpoints; give --resume to go on, or another folder")
-        self.summary.unlink(missing_ok=True)
-        self._truncate()
-        self._file = self.metrics.open("a", encoding="utf-8")
+        try:
+            self._truncate()
+            self.summary.unlink(missing_ok=True)
+            self._file = self.metrics.open("a", encoding="utf-8")
+        except OSError as error:
+            raise SettingError("--out", path, f"must be a folder that can be written ({error})") from None
+        except ValueError as error:
+            raise SettingError("--out", path, f"holds records that cannot be gone on with: {error}") from None
 
     def _truncate(self) -> None:
         if not self.metrics.exists():
@@ -204,6 +255,10 @@ class RunFolder:
             nonlocal kept
             for line, record in _scan(self.metrics):
                 if record is not None and record["step"] <= self.last_step:
+                    if record["step"] <= kept:
+                        raise ValueError(f"step {record['step']} after step {kept} in {self.metrics.name}")
+                    _require(record, STEP_KEYS, f"record of step {record['step']}")
+                    _numbers([record], *_SUMMARISED)
                     kept = record["step"]
                     yield line
 
@@ -262,6 +317,19 @@ class RunFolder:
         self.close()
 
 
+_SUMMARISED = ("maxvio_mean", "seconds", "tokens")
+"""What the summary rests on: numbers in every record."""
+
+
+def _numbers(records: Sequence[Mapping[str, Any]], *names: str) -> None:
+    """ValueError unless every record has a finite number under each of `names`."""
+    for record in records:
+        for name in names:
+            value = record.get(name)
+            if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < 2**63:
+                raise ValueError(f"the record of step {record.get('step')} has no number as {name}")
+
+
 def maxvio_last(records: Sequence[Mapping[str, Any]], count: int = 50) -> float:
     """Mean of `maxvio_mean` over the last `count` steps, or over all of them if there are fewer."""
     return statistics.fmean(record["maxvio_mean"] for record in records[-count:])
@@ -294,11 +362,14 @@ def summarise(records: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
     steps: the number of the last step; final_loss: its loss; maxvio_last50: `maxvio_last(records, 50)`;
     steps_to_maxvio_0.2: `steps_to_maxvio(records, 0.2)`; seconds_per_step: `seconds_per_step(records)`;
     tokens_per_second: the median of `tokens` over the same steps, divided by seconds_per_step.
-    ValueError if there is no record.
+    ValueError if there is no record, or one of them lacks what a figure is made of.
     """
     records = list(records)
     if not records:
         raise ValueError("a run without a step has no summary")
+    _numbers(records, *_SUMMARISED)
+    if not all(record["seconds"] > 0 for record in records):
+        raise ValueError("a step that took no time has no tokens per second")
     seconds = seconds_per_step(records)
     tokens = statistics.median(record["tokens"] for record in _after_warm_up(records))
     return {
