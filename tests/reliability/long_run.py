@@ -53,6 +53,8 @@ def updates(count: int, plant: str = "") -> dict[str, Any]:
         samples: list[dict[str, Any]] = []
         kept: list[Any] = []
         drift = torch.zeros(len(seats), dtype=torch.float64)
+        gc.collect()
+        gc.freeze()  # what is there now is neither searched nor counted: a million objects of imported modules
         began = time.monotonic()
         for update in range(1, count + 1):
             for router, weight in zip(seats, weights, strict=True):
@@ -71,6 +73,7 @@ def updates(count: int, plant: str = "") -> dict[str, Any]:
             drift = torch.maximum(drift, torch.stack([b.double().mean().abs() for b in record.bias]))
             if update == count or (update >= first and (update - first) % between == 0):
                 samples.append({"update": update, **_memory(), "ranks_agree": _agree(seats)})
+        gc.unfreeze()
         return {
             "samples": samples,
             "drift": {rule: float(drift[i * LAYERS : (i + 1) * LAYERS].max()) for i, rule in enumerate(RULES)},
@@ -103,7 +106,7 @@ def _router(rule: str, layer: int, uncentred: bool) -> Any:
 
 
 def _memory() -> dict[str, int]:
-    """Resident bytes of this process, and the tensors that it holds."""
+    """Resident bytes of this process, and the tensors that it holds beside the frozen ones."""
     import psutil
     import torch
 
