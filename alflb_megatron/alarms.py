@@ -43,8 +43,8 @@ STARVED = Kind(
 MAX_VIO = Kind(
     "MaxVio",
     "MaxVio has been above {limit:g} for {count} updates in a row and is {value:.2f}",
-    f"use --{PREFIX}rule adaptive, or a larger --{PREFIX}step-size; if the bias spread grows as well, tokens have become "
-    "alike to the gate: look at the learning rate and the data",
+    f"use --{PREFIX}rule adaptive, or a larger --{PREFIX}step-size; if the bias spread grows as well, tokens have "
+    "become alike to the gate: look at the learning rate and the data",
 )
 SPREAD = Kind(
     "bias",

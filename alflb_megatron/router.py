@@ -222,6 +222,12 @@ class ALFRouter(TopKRouter):
         for name, row in state.items():
             getattr(self, STATE_PREFIX + name).copy_(row)
 
+    @torch.no_grad()
+    def begin_with(self, bias_E: Tensor) -> None:
+        """Takes over a bias (floating point [E]) from elsewhere, in place; n and rule state begin afresh."""
+        state = {name: row.to(self.expert_bias.device) for name, row in self._first_state().items()}
+        self.write_state(bias_E, torch.zeros_like(self.alf_n), state)
+
     # -- precision and checkpoints -----------------------------------------------------------------------------------
 
     def _own_state(self) -> list[str]:

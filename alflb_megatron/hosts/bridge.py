@@ -37,7 +37,7 @@ from megatron.bridge.utils import instantiate_utils
 from megatron.core import parallel_state
 
 from alflb_megatron.hosts.core import update_everywhere, watch, with_alflb
-from alflb_megatron.hosts.log import log_line
+from alflb_megatron.hosts.log import figures, log_line, rest
 from alflb_megatron.router import STATE_PREFIX
 
 Provider = TypeVar("Provider")
@@ -140,7 +140,7 @@ def balanced_layer_spec(config: Any, vp_stage: int | None = None, *, inner: Any,
 
 
 class ALFLBCallback(Callback):
-    """Adds `hosts.log.log_line` to what Bridge logs of a step: console, TensorBoard, W&B, MLflow.
+    """Adds `hosts.log.log_line` to what Bridge logs of a step, and all other figures to its TensorBoard and W&B.
 
     Where Megatron-Core's own routers are in the model their loads are watched, for comparison; nothing of them changes.
     """
@@ -152,6 +152,19 @@ class ALFLBCallback(Callback):
 
     def on_train_step_end(self, context: CallbackContext) -> None:
         """Before Bridge logs the step, which it does from the same dictionary."""
-        shown = log_line(context.model, parallel_state.get_pipeline_model_parallel_group())
+        shown = figures(context.model, parallel_state.get_pipeline_model_parallel_group())
         if context.loss_dict is not None:
-            context.loss_dict.update(shown)
+            context.loss_dict.update(log_line(shown))
+        state = context.state
+        step, every = state.train_state.step + 1, state.cfg.logger.tensorboard_log_interval  # it counts later
+        if shown and every and step % every == 0:
+            self._write(state, rest(shown), step)
+
+    @staticmethod
+    def _write(state: Any, shown: dict[str, float], step: int) -> None:
+        """Hands figures to the writers that Bridge has on this rank, which is its last."""
+        if (writer := state.tensorboard_logger) is not None:
+            for name, value in shown.items():
+                writer.add_scalar(name, value, step)
+        if (wandb := state.wandb_logger) is not None:
+            wandb.log(shown, step)

@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import functools
 import importlib
+import inspect
 import logging
 import os
 import sys
@@ -26,7 +27,7 @@ from torch import nn
 from alflb_megatron import rules
 from alflb_megatron.config import PREFIX, ALFConfig
 from alflb_megatron.hosts import core
-from alflb_megatron.hosts.log import log_line
+from alflb_megatron.hosts.log import figures, log_line, rest
 from alflb_megatron.hosts.stop import end_on_one_line
 from alflb_megatron.settings import SettingError, add_flags, flag_of, given_environment, given_flags, knobs
 
@@ -186,7 +187,7 @@ def _refuse_what_one_object_cannot_serve(args: argparse.Namespace) -> None:
 
 
 def show_loads() -> None:
-    """Puts `log_line` into Megatron-LM's log line, TensorBoard and W&B; twice is once.
+    """Puts `log_line` into Megatron-LM's log line, all figures into its TensorBoard and W&B; twice is once.
 
     Two names that Megatron-LM looks up in `megatron.training.training` are replaced and marked `__alflb__`: `train`,
     which is given the model, and `training_log`, which every rank calls once per global batch.
@@ -205,14 +206,28 @@ def show_loads() -> None:
         finally:
             trained.clear()
 
+    signature = inspect.signature(plain_log)
+
     @functools.wraps(plain_log)
     def training_log(loss_dict: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-        shown = log_line(trained, parallel_state.get_pipeline_model_parallel_group()) if trained else {}
-        return plain_log({**loss_dict, **shown}, *args, **kwargs)
+        shown = figures(trained, parallel_state.get_pipeline_model_parallel_group()) if trained else {}
+        iteration = signature.bind(loss_dict, *args, **kwargs).arguments["iteration"]
+        if shown and iteration % training.get_args().tensorboard_log_interval == 0:
+            _write(training, rest(shown), iteration)
+        return plain_log({**loss_dict, **log_line(shown)}, *args, **kwargs)
 
     for wrapper in (train, training_log):
         vars(wrapper)["__alflb__"] = True
         setattr(training, wrapper.__name__, wrapper)
+
+
+def _write(training: Any, shown: dict[str, float], iteration: int) -> None:
+    """Hands figures to the writers that Megatron-LM has on this rank, which is its last."""
+    if (writer := training.get_tensorboard_writer()) is not None:
+        for name, value in shown.items():
+            writer.add_scalar(name, value, iteration)
+    if (wandb := training.get_wandb_writer()) is not None:
+        wandb.log(shown, iteration)
 
 
 # -- the object of --spec --------------------------------------------------------------------------------------------

@@ -46,7 +46,7 @@ except RuntimeError as error:
 import lightning.pytorch as pl  # noqa: E402
 
 from alflb_megatron.hosts import core  # noqa: E402
-from alflb_megatron.hosts.log import log_line  # noqa: E402
+from alflb_megatron.hosts.log import figures  # noqa: E402
 from alflb_megatron.router import ALFRouter  # noqa: E402
 
 
@@ -83,6 +83,14 @@ class ALFLB(pl.Callback):
         score_unit: str = "score",
         centring: bool = True,
         frozen: bool = False,
+        stop_after: int = 0,
+        fade: int = 0,
+        check_every: int = 10,
+        on_disagreement: str = "heal",
+        alarm_after: int = 100,
+        alarm_max_vio: float = 2.0,
+        alarm_spread: Optional[float] = None,  # noqa: UP045
+        log_layers: bool = False,
         log_every: int = 0,
     ) -> None:
         super().__init__()
@@ -93,6 +101,14 @@ class ALFLB(pl.Callback):
             score_unit=score_unit,
             centring=centring,
             frozen=frozen,
+            stop_after=stop_after,
+            fade=fade,
+            check_every=check_every,
+            on_disagreement=on_disagreement,
+            alarm_after=alarm_after,
+            alarm_max_vio=alarm_max_vio,
+            alarm_spread=alarm_spread,
+            log_layers=log_layers,
             log_every=log_every,
         )
 
@@ -153,7 +169,7 @@ class ALFLB(pl.Callback):
         """Logs the loads of the global batch; NeMo's batch is a global one."""
         parallel_state = importlib.import_module("megatron.core.parallel_state")
         chunks = list(trainer.strategy.megatron_parallel)
-        for name, value in log_line(chunks, parallel_state.get_pipeline_model_parallel_group()).items():
+        for name, value in figures(chunks, parallel_state.get_pipeline_model_parallel_group()).items():
             pl_module.log(f"alflb/{name}", value, prog_bar=name == "MaxVio", batch_size=1)
 
 

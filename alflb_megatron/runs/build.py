@@ -22,7 +22,7 @@ from alflb_megatron.hosts.cpu.norm import use_plain_norm
 from alflb_megatron.runs.job import Job, Plan
 from alflb_megatron.settings import SettingError
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass(frozen=True)
@@ -99,6 +99,7 @@ def transformer_config(plan: Plan) -> TransformerConfig:
         "pipeline_dtype": DTYPES[job.dtype],
         "params_dtype": DTYPES[job.dtype],
         "bf16": job.dtype == "bf16",
+        "fp16": job.dtype == "fp16",
     }
     if job.vpp > 1 and job.pp == 2:
         # Megatron-Core's own condition for two interleaved stages; without it the schedule trains wrongly.
@@ -151,14 +152,14 @@ def trainee(plan: Plan) -> Trainee:
     chunks: list[Any] = [gpt_model(plan, config, stage) for stage in stages]
     if torch.cuda.is_available():
         chunks = [chunk.cuda() for chunk in chunks]
-    if job.dtype == "bf16":
+    if job.dtype != "fp32":
         chunks = [Float16Module(config, chunk) for chunk in chunks]
     distributed = job.optimizer == "distributed"
     ddp = DistributedDataParallelConfig(
         use_distributed_optimizer=distributed,
         overlap_grad_reduce=job.overlap_grad_reduce,
         grad_reduce_in_fp32=True,
-        check_for_nan_in_grad=True,
+        check_for_nan_in_grad=job.dtype != "fp16",  # there a dynamic loss scale finds out by overflowing
     )
     chunks = [
         DistributedDataParallel(config, ddp, chunk, disable_bucketing=index > 0) for index, chunk in enumerate(chunks)
@@ -185,6 +186,7 @@ def optimizer_config(job: Job) -> OptimizerConfig:
         adam_beta2=0.95,
         clip_grad=job.clip_grad,
         bf16=job.dtype == "bf16",
+        fp16=job.dtype == "fp16",
         params_dtype=DTYPES[job.dtype],
         use_distributed_optimizer=job.optimizer == "distributed",
     )

@@ -74,7 +74,11 @@ class Job:
     dispatcher: str = knob("alltoall", "Megatron-Core's token dispatcher", choices=("alltoall", "allgather", "flex"))
     optimizer: str = knob("adam", "adam, or Megatron-Core's distributed optimizer", choices=("adam", "distributed"))
     overlap_grad_reduce: bool = knob(False, "reduce gradients while the backward pass runs")
-    dtype: str = knob("fp32", "precision of weights and activations", choices=("fp32", "bf16"))
+    dtype: str = knob(
+        "fp32",
+        "precision of weights and activations; fp16 comes with Megatron-Core's dynamic loss scale",
+        choices=("fp32", "bf16", "fp16"),
+    )
     recompute: str = knob(
         "none", "activations to recompute: none, all, or those of MoE layers", choices=("none", "full", "moe")
     )
@@ -87,6 +91,9 @@ class Job:
         "",
         "start from the expert biases of this run, .safetensors file or Hugging Face folder; the rule starts anew",
         metavar="SOURCE",
+    )
+    warm_start: int = knob(
+        0, "global batches to calibrate the biases on, forward only, before a run's first step; 0 for none", minimum=0
     )
     save_every: int = knob(0, "steps between checkpoints; 0 for one at the end", minimum=0)
     save: bool = knob(True, "write checkpoints at all")
@@ -220,7 +227,12 @@ def resolve_resumed(
     `saved` is what `Plan.as_dict` wrote. The split, the length, what is written and how the bias moves may change; with
     another rule its knobs are that rule's own. The model, the data and the global batch may not.
     """
-    before = Plan.from_dict(saved)
+    try:
+        before = Plan.from_dict(saved)
+    except SettingError as error:
+        raise SettingError("--resume", True, f"its config.json holds {error}") from None
+    except (TypeError, KeyError, AttributeError) as error:
+        raise SettingError("--resume", True, f"its config.json holds no settings of a run ({error!r})") from None
     for given, kept, names in ((job, before.job, FIXED), (shape, before.shape, tuple(shape))):
         for name in names:
             if name in given and given[name] != getattr(kept, name):
@@ -340,6 +352,8 @@ def _check_parts(job: Job, shape: ModelShape) -> None:
             job.record_scores,
             f"needs a rule of ours, not {job.rule}; to record without balancing give one and --{PREFIX}frozen",
         )
+    if job.warm_start and job.rule in UNBALANCED:
+        raise SettingError("--warm-start", job.warm_start, f"needs a rule of ours, not {job.rule}")
     if shape.gate == "softmax" and shape.topk == 1 and not shape.pre_softmax:
         raise SettingError("--topk", 1, "needs --pre-softmax with --gate softmax: over one logit it gives 1 always")
     if job.aux_loss_coeff == 0 and job.aux_loss_type != "aux_loss":

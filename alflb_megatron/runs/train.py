@@ -6,6 +6,7 @@ import math
 import os
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -80,6 +81,7 @@ class _Session:
         self.first_of_stage = self.dp_rank == 0 and parallel_state.get_tensor_model_parallel_rank() == 0
         self.pp_group = parallel_state.get_pipeline_model_parallel_group()
         self.folder = Path(job.folder)
+        self.floor = metrics.sampling_floor(job.global_batch_size * shape.seq_length, shape.topk, shape.num_experts)
         self.validation_batches = max(1, job.validation_sequences // job.global_batch_size)
         self.resumed = checkpoint.find(self.folder, "--resume") if job.resume else None
         self.loaded = checkpoint.find(job.load, "--load") if job.load else None
@@ -123,6 +125,22 @@ class _Session:
             raise SettingError(*refused[0])
         return record
 
+    def _warm_start(self, progress: Any) -> None:
+        """Calibrates the biases on the first global batches; says what came of it."""
+        from alflb_megatron.warm_start import warm_start
+
+        batches = self.job.warm_start
+
+        def forward() -> None:
+            for step in range(batches):
+                self._forward(self._batches(self.training, step), forward_only=True)
+
+        with self._evaluating():
+            done = warm_start(self.trainee.balancer, forward)
+        rows = self._over_stages(list(zip(done.before.tolist(), done.after.tolist(), strict=True)))
+        before, after = (math.fsum(column) / len(rows) for column in zip(*rows, strict=True))
+        progress.note(f"warm start on {batches} global batches: MaxVio {before:.2f} before, {after:.2f} on them after")
+
     def run(self) -> dict[str, Any]:
         parts = self.build.parts()
         if self.record is not None:
@@ -134,6 +152,8 @@ class _Session:
             if self.first:
                 progress.note("; ".join(f"{name}: {value}" for name, value in parts.items()))
                 progress.note(f"text: {self.training.description}")
+            if self.job.warm_start and self.resumed is None:
+                self._warm_start(progress)
             saved = self._train(progress)
             loss, loads = self.validate()
         return self._summary(loss, loads, saved)
@@ -162,6 +182,8 @@ class _Session:
                 if record["rejected"]:
                     layers = ", ".join(map(str, record["rejected"]))
                     progress.note(f"step {step}: scores that are NaN or infinite; the bias of layer {layers} stays")
+                for line in record.get("alarms", ()):
+                    progress.note(f"step {step}: {line}")
             every = self.job.save_every
             if self.job.save and (step == self.job.steps or (every and step % every == 0)):
                 saved = self.checkpoint.save(
@@ -271,28 +293,37 @@ class _Session:
     def _gathered(self, record: dict[str, Any]) -> dict[str, Any]:
         """Adds the loads and biases of all pipeline stages to a step's record."""
         last = self.trainee.balancer.last
-        local = [] if last is None else list(zip(last.layers, last.loads, last.bias, last.rejected, strict=True))
+        local = (
+            [] if last is None else list(zip(last.layers, last.loads, last.bias, last.rejected, last.gain, strict=True))
+        )
         rows: list[dict[str, Any]] = [
             {
                 "layer": layer,
                 "loads": loads.tolist(),
                 "bias": None if bias is None else bias.tolist(),
+                "gain": float(gain),
                 "vio": float(metrics.max_vio(loads)),
                 "spread": 0.0 if bias is None else float(metrics.bias_spread(bias)),
                 "rejected": bool(rejected),
             }
-            for layer, loads, bias, rejected in local
+            for layer, loads, bias, rejected, gain in local
         ]
         rows = sorted(self._over_stages(rows), key=lambda row: row["layer"])
         record |= {
             "maxvio_mean": math.fsum(row["vio"] for row in rows) / len(rows),
             "maxvio_max": max(row["vio"] for row in rows),
+            "maxvio_floor": self.floor,
             "bias_spread": max(row["spread"] for row in rows),
             "rejected": [row["layer"] for row in rows if row["rejected"]],
             "layers": [row["layer"] for row in rows],
             "loads": [row["loads"] for row in rows],
         }
-        return record | ({"bias": [row["bias"] for row in rows]} if rows[0]["bias"] is not None else {})
+        if rows[0]["bias"] is not None:
+            record["bias"] = [row["bias"] for row in rows]
+        if not all(math.isnan(row["gain"]) for row in rows):
+            record["gain"] = [row["gain"] for row in rows]
+        alarms = self._over_stages([] if last is None else list(last.alarms))
+        return record | ({"alarms": alarms} if alarms else {})
 
     def _over_stages(self, rows: list[Any]) -> list[Any]:
         if self.job.pp == 1:
@@ -301,22 +332,27 @@ class _Session:
         dist.all_gather_object(everywhere, rows, group=self.pp_group)
         return [row for stage in everywhere for row in stage]
 
+    @contextmanager
+    def _evaluating(self) -> Iterator[None]:
+        for chunk in self.trainee.chunks:
+            chunk.eval()
+        with torch.no_grad():
+            yield
+        for chunk in self.trainee.chunks:
+            chunk.train()
+
     def validate(self) -> tuple[float, list[list[int]]]:
         """Loss over the validation set, and the loads of each MoE layer over the whole of it (Wang et al. 2024)."""
         from alflb_megatron.loads import LoadSum, measuring
 
         balancer = self.trainee.balancer
         windows = [seat.load_window for seat in balancer.seats]
-        for chunk in self.trainee.chunks:
-            chunk.eval()
-        with torch.no_grad(), measuring(windows):
+        with self._evaluating(), measuring(windows):
             losses = [
                 self._forward(self._batches(self.validation, step), forward_only=True)
                 for step in range(self.validation_batches)
             ]
             seen = LoadSum(windows, balancer.group, with_margins=False).wait() if windows else []
-        for chunk in self.trainee.chunks:
-            chunk.train()
         rows = sorted(
             self._over_stages(
                 [(k, row.tolist()) for k, row in zip(balancer.layers, (layer.loads_E for layer in seen), strict=True)]

@@ -19,6 +19,7 @@ import pytest
 import torch
 
 from alflb_megatron.cli import main
+from alflb_megatron.hosts import log
 from alflb_megatron.runs.patch import SCRIPT, recognise
 from tests.hosts import saved
 from tests.hosts.launched import logged
@@ -209,7 +210,9 @@ def test_loads_stand_in_the_log_line_and_in_tensorboard(trained: Trained, nproc:
     events.Reload()
     written = [f"{event.value:.6E}" for event in events.Scalars("MaxVio")]
     assert written[:1] + written[2:] == printed
-    assert {"MaxVio worst layer", "load max", "load min", "expert bias spread"} <= set(events.Tags()["scalars"])
+    keys = {name if name in log.IN_THE_LINE else f"alflb/{name}" for name in log.MEANINGS}
+    assert keys <= set(events.Tags()["scalars"])
+    assert len(keys) <= 24
     # 8 sequences of 64 tokens with 2 experts each over 8 experts.
     assert float(run.series("load max")[0]) == pytest.approx(128 * (1 + float(printed[0])), rel=1e-5)
 
