@@ -18,13 +18,39 @@ from typing import Any, TypeVar
 T = TypeVar("T")
 
 
+LONGEST_VALUE = 300
+"""Characters of a value that an error shows."""
+
+
+def _shortened(value: object) -> str:
+    text = str(value)
+    return text if len(text) <= LONGEST_VALUE else f"{text[:LONGEST_VALUE]}... ({len(text)} characters)"
+
+
+def _line(text: str) -> str:
+    """`text` on one line that a terminal can show: what cannot be printed is escaped."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
 class SettingError(ValueError):
     """A setting has a value that cannot work. Its text is one line: the flag, the value, what is allowed."""
 
     def __init__(self, flag: str, value: object, allowed: str) -> None:
-        super().__init__(f"{flag}={value}: {allowed}")
+        super().__init__(_line(f"{flag}={_shortened(value)}: {allowed}"))
         self.flag, self.value, self.allowed = flag, value, allowed
         self.seen_by_one_rank = False  # so that it is printed once where every rank finds it, and at all where one does
+
+
+LARGEST_INT = 2**63 - 1
+"""The largest whole number a setting may be: tensors and Megatron-Core hold them as int64."""
+
+
+def _float(value: float) -> float:
+    """`value` as a float, infinite where it is a whole number beyond all floats."""
+    try:
+        return float(value)
+    except OverflowError:
+        return math.inf
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,7 +70,7 @@ class Knob:
     def holds(self, value: float) -> bool:
         """Whether a number is finite and within the limits."""
         return (
-            math.isfinite(value)
+            math.isfinite(_float(value))
             and (self.above is None or value > self.above)
             and (self.minimum is None or value >= self.minimum)
             and (self.maximum is None or value <= self.maximum)
@@ -97,14 +123,16 @@ def check(config: Any, prefix: str = "", flag_for: Callable[[str], str] | None =
                 raise SettingError(flag, value, f"a value is needed ({kind.__name__})")
             continue
         if kind is float and isinstance(value, int) and not isinstance(value, bool):
-            value = float(value)
+            value = _float(value)
         if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
             raise SettingError(flag, repr(value), f"must be of type {kind.__name__}")
         choices = knob_.allowed_choices()
         if choices is not None and value not in choices:
             raise SettingError(flag, value, f"must be one of {', '.join(choices)}")
+        if kind is int and abs(typing.cast(int, value)) > LARGEST_INT:
+            raise SettingError(flag, value, f"must be at most {LARGEST_INT}")
         if kind in (int, float) and not knob_.holds(typing.cast(float, value)):
-            finite = "" if math.isfinite(typing.cast(float, value)) else "a finite number"
+            finite = "" if math.isfinite(_float(typing.cast(float, value))) else "a finite number"
             raise SettingError(flag, value, f"must be {', '.join(filter(None, (finite, knob_.bounds())))}")
 
 

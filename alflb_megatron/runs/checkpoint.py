@@ -6,7 +6,6 @@ renamed when every rank is done, so a folder with its final name is whole, and t
 
 from __future__ import annotations
 
-import json
 import logging
 import shutil
 from dataclasses import dataclass
@@ -19,11 +18,14 @@ from megatron.core import dist_checkpointing, tensor_parallel
 from megatron.core.dist_checkpointing.mapping import ShardedObject
 from megatron.core.dist_checkpointing.validation import StrictHandling
 from megatron.core.utils import unwrap_model
+from torch.distributed.checkpoint.api import CheckpointException
 
 from alflb_megatron.hosts import core
 from alflb_megatron.runs.build import Trainee
+from alflb_megatron.runs.data.samples import one_line
 from alflb_megatron.runs.job import Plan
-from alflb_megatron.runs.record import write_json
+from alflb_megatron.runs.record import read_json, write_json
+from alflb_megatron.runs.vetting import vet
 from alflb_megatron.settings import SettingError
 
 logger = logging.getLogger(__name__)
@@ -42,6 +44,7 @@ class Saved:
     step: int
     layout: dict[str, int]
     fingerprint: str
+    flag: str = "--load"  # by which it was named
 
 
 def layout_of(plan: Plan) -> dict[str, int]:
@@ -52,21 +55,43 @@ def layout_of(plan: Plan) -> dict[str, int]:
 def find(path: str | Path, flag: str) -> Saved:
     """The checkpoint at `path`: a checkpoint folder, a `checkpoints` folder or a run folder (then its latest).
 
-    Raises SettingError naming `flag` where there is none, or it is not whole.
+    It is vetted (`runs/vetting.py`): to load it executes nothing of it. Raises SettingError naming `flag` where there
+    is none, it is not whole, or holds what no checkpoint of `alflb train` does.
     """
-    folder = Path(path)
+    try:
+        return _find(Path(path), flag, path)
+    except OSError as error:
+        raise SettingError(flag, path, f"cannot be read ({error.strerror})") from None
+
+
+def _find(folder: Path, flag: str, path: str | Path) -> Saved:
     for candidate in (folder, folder / "checkpoints"):
         # Whole ones have their final name and job.json; the numbers are padded, so the last by name is the latest.
         if whole := sorted(p.parent for p in candidate.glob(f"step_*/{JOB}") if p.parent.suffix != PARTIAL):
             folder = whole[-1]
             break
     try:
-        values = json.loads((folder / JOB).read_text(encoding="utf-8"))
-        return Saved(folder, int(values["step"]), dict(values["layout"]), str(values["fingerprint"]))
-    except FileNotFoundError:
+        saved = _saved(folder, read_json(folder / JOB), flag)
+    except (FileNotFoundError, NotADirectoryError):
         raise SettingError(flag, path, "must name a run with a checkpoint, or a checkpoint folder") from None
-    except (ValueError, KeyError, TypeError, OSError) as error:
+    except (ValueError, OSError) as error:
         raise SettingError(flag, path, f"holds a checkpoint whose {JOB} cannot be read ({error})") from None
+    vet(folder, flag, path)
+    return saved
+
+
+def _saved(folder: Path, values: Any, flag: str) -> Saved:
+    """What `save` wrote to job.json; ValueError for anything else."""
+    if not isinstance(values, dict) or not {"step", "layout", "fingerprint"} <= values.keys():
+        raise ValueError("step, layout or fingerprint is missing")
+    step, layout, fingerprint = values["step"], values["layout"], values["fingerprint"]
+    if type(step) is not int or not 1 <= step < 2**63:
+        raise ValueError("step is no number of steps")
+    if not isinstance(layout, dict) or not all(type(size) is int for size in layout.values()):
+        raise ValueError("layout holds what is no number of ranks")
+    if not isinstance(fingerprint, str):
+        raise ValueError("fingerprint is no text")
+    return Saved(folder, step, layout, fingerprint, flag)
 
 
 def _model_state(trainee: Trainee) -> dict[str, Any]:
@@ -118,7 +143,28 @@ def load(trainee: Trainee, plan: Plan, saved: Saved, weights_only: bool = False)
 
     On the split it was written on everything comes back, random state included; on another the random state is that of
     the seed. With `weights_only` the optimizer starts anew. State of ours that the checkpoint lacks starts afresh.
+    SettingError where the checkpoint is damaged or is of another model.
     """
+    try:
+        _load(trainee, plan, saved, weights_only)
+    except SettingError:
+        raise
+    # torch's CheckpointException, which it raises for what went wrong on any rank, is no Exception.
+    except (Exception, CheckpointException) as error:
+        logger.debug("checkpoint %s", saved.path, exc_info=True)
+        found = SettingError(saved.flag, saved.path, f"holds a checkpoint that cannot be loaded: {_reason(error)}")
+        found.seen_by_one_rank = not isinstance(error, CheckpointException)  # that one reaches every rank
+        raise found from error
+
+
+def _reason(error: BaseException) -> str:
+    """The first error that a rank met, on one line."""
+    if isinstance(error, CheckpointException) and error.failures:
+        error = next(iter(error.failures.values()))[0]
+    return one_line(error)
+
+
+def _load(trainee: Trainee, plan: Plan, saved: Saved, weights_only: bool) -> None:
     state = _model_state(trainee)
     same_layout = saved.layout == layout_of(plan)
     if not weights_only:

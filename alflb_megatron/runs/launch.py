@@ -9,6 +9,8 @@ import uuid
 from collections.abc import Sequence
 from typing import Any
 
+from alflb_megatron.settings import SettingError
+
 
 def under_a_launcher() -> bool:
     """Whether this process is a rank already (torchrun and the like set both variables)."""
@@ -16,7 +18,11 @@ def under_a_launcher() -> bool:
 
 
 def world_size() -> int:
-    return int(os.environ["WORLD_SIZE"])
+    """Ranks of the outer launcher's job; SettingError where it says no number."""
+    text = os.environ["WORLD_SIZE"]
+    if not text.isdecimal() or len(text) > 9 or int(text) == 0:
+        raise SettingError("WORLD_SIZE", text, "must be the number of ranks, as a launcher sets it")
+    return int(text)
 
 
 def launch_config(nproc: int) -> Any:

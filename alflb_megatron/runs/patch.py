@@ -7,6 +7,7 @@ works on a copy of it; the result then replaces the file in one step, so that no
 from __future__ import annotations
 
 import argparse
+import errno
 import importlib.resources
 import os
 import re
@@ -17,10 +18,14 @@ from dataclasses import dataclass
 from importlib.resources.abc import Traversable
 from pathlib import Path
 
+from alflb_megatron.runs.record import regular
 from alflb_megatron.settings import SettingError
 
 SCRIPT = "pretrain_gpt.py"
 VERSION_FILE = Path("megatron/core/package_info.py")
+
+LARGEST = 2**24
+"""Bytes of the largest file that is taken for one of a checkout's scripts."""
 
 PATCHES: dict[tuple[int, int], str] = {
     (0, 16): "core_v0.16-0.17.patch",
@@ -54,7 +59,12 @@ def run(arguments: argparse.Namespace, argv: object = None) -> int:
     if tree.patched is not arguments.revert:
         print(f"{tree.title}: {done} already")
         return 0
-    _replace(tree.script, tree.other)
+    try:
+        _replace(tree.script, tree.other)
+    except OSError as error:
+        raise SettingError(
+            "DIR", arguments.directory, f"{SCRIPT} cannot be written ({error.strerror or error})"
+        ) from None
     print(f"{tree.title}: {done} now ({tree.patch})")
     return 0
 
@@ -84,12 +94,12 @@ def recognise(directory: Path) -> Tree:
     """
     known = "known are " + ", ".join(f"{major}.{minor}" for major, minor in PATCHES)
     try:
-        text = (directory / VERSION_FILE).read_text(encoding="utf-8")
-        before = (directory / SCRIPT).read_bytes()
+        text, before = (_read(directory / name) for name in (VERSION_FILE, SCRIPT))
     except OSError as error:
         missing = error.filename or error
         raise SettingError("DIR", directory, f"must be a checkout of Megatron-LM; cannot read {missing}") from None
-    found = dict(re.findall(r"^(MAJOR|MINOR|PATCH) *= *(\d+)", text, re.MULTILINE))
+    parts = re.findall(rb"^(MAJOR|MINOR|PATCH) *= *([0-9]{1,9})\b", text, re.MULTILINE)
+    found = {name.decode(): number.decode() for name, number in parts}
     version = ".".join(found.get(part, "?") for part in ("MAJOR", "MINOR", "PATCH"))
     patch = PATCHES.get((int(found.get("MAJOR", -1)), int(found.get("MINOR", -1))))
     if patch is None:
@@ -106,6 +116,16 @@ def recognise(directory: Path) -> Tree:
         f"holds Megatron-Core {version}, but {patch} neither applies to its {SCRIPT} nor is in it: "
         f"the lines it changes read otherwise; {known}",
     )
+
+
+def _read(path: Path) -> bytes:
+    """A file's content; OSError where there is no regular file, or it is no script by its size."""
+    regular(path)
+    with path.open("rb") as file:
+        content = file.read(LARGEST + 1)
+    if len(content) > LARGEST:
+        raise OSError(errno.EFBIG, "too large", str(path))
+    return content
 
 
 def patches() -> Traversable:
@@ -145,5 +165,5 @@ def _replace(path: Path, content: bytes) -> None:
         shutil.copymode(path, name)
         os.replace(name, path)
     except BaseException:
-        os.unlink(name)
+        Path(name).unlink(missing_ok=True)
         raise

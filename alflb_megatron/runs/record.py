@@ -67,7 +67,7 @@ SUMMARY_KEYS = (
 LARGEST_JSON = 2**26
 """Bytes of the largest JSON file that is read: a config.json has some thousand, a summary.json more."""
 
-LONGEST_LINE = 2**28
+LONGEST_LINE = 2**26
 """Bytes of the longest line of a metrics.jsonl that is read."""
 
 

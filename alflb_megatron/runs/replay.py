@@ -274,8 +274,16 @@ def _digits(key: str, value: float) -> str:
 
 
 def _check_out(flag: str, path: str) -> None:
+    if not path:
+        return
     folder = Path(path).absolute().parent
-    if path and (Path(path).is_dir() or not (folder.is_dir() and os.access(folder, os.W_OK))):
+    try:
+        sound = not Path(path).is_dir() and folder.is_dir() and os.access(folder, os.W_OK)
+        # write_json adds six characters while it writes
+        sound = sound and len(os.fsencode(Path(path).name)) + 6 <= os.pathconf(folder, "PC_NAME_MAX")
+    except (OSError, ValueError):  # a path too long, or with a zero byte
+        sound = False
+    if not sound:
         raise SettingError(flag, path, "must be a file in a folder that exists and can be written")
 
 

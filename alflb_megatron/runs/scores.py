@@ -22,7 +22,6 @@ import math
 import os
 import re
 import zipfile
-import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -34,13 +33,16 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from alflb_megatron.runs.record import regular
 from alflb_megatron.settings import SettingError
 
 FLAG = "SCORES"
 FOLDER = "scores"
 FORMAT = "1"
 FILE = "step_{step:08d}.rank_{rank:05d}.safetensors"
-_FILE = re.compile(r"step_(\d{8})\.rank_(\d{5})\.safetensors")
+_FILE = re.compile(r"step_([0-9]{8})\.rank_([0-9]{5})\.safetensors")
+LARGEST_PACKED, MOST_PACKED = 2**28, 100
+"""Bytes that an .npz may always unpack to, and how many times its own size beyond that: scores do not pack well."""
 _SHAPES = "[steps, tokens, experts] or [steps, layers, tokens, experts]"
 
 
@@ -100,10 +102,13 @@ class Recording:
 def open_scores(path: str | os.PathLike[str]) -> Recording:
     """Opens a recording and checks all that can be checked without reading the scores; `SettingError` otherwise."""
     path = Path(path)
-    if not path.exists():
-        raise SettingError(FLAG, path, "there is no such file or folder")
-    if path.is_dir():
-        return _open_run(path)
+    try:
+        if not path.exists():
+            raise SettingError(FLAG, path, "there is no such file or folder")
+        if path.is_dir():
+            return _open_run(path)
+    except OSError as error:
+        raise SettingError(FLAG, path, f"cannot be read ({error.strerror})") from None
     openers = {".safetensors": _open_safetensors, ".npz": _open_npz}
     if path.suffix.lower() not in openers:
         raise SettingError(FLAG, path, "must be a .safetensors or .npz file, or a run folder with recorded scores")
@@ -114,16 +119,24 @@ def _shape(path: Path, shape: Sequence[int]) -> tuple[int, int, int, int]:
     """(steps, layers, tokens, experts) of a single file's `scores`."""
     if len(shape) not in (3, 4):
         raise SettingError(FLAG, path, f"scores must have the shape {_SHAPES}, not {list(shape)}")
-    if 0 in shape:
+    if any(size < 1 for size in shape):
         raise SettingError(FLAG, path, f"is empty: scores have the shape {list(shape)}")
     steps, layers, tokens, experts = shape if len(shape) == 4 else (shape[0], 1, *shape[1:])
     return steps, layers, tokens, experts
 
 
-def _gating(path: Path, topk: int | None, experts: int) -> Gating:
+def _check_gating(path: Path, gating: Gating, experts: int) -> Gating:
+    topk, groups, chosen = gating.topk, gating.num_groups, gating.group_topk
     if topk is not None and not 1 <= topk <= experts:
         raise SettingError(FLAG, path, f"holds topk {topk}, which must be from 1 to the {experts} experts")
-    return Gating(topk=topk)
+    if groups is None and chosen is None:
+        return gating
+    if groups is None or chosen is None or groups < 1 or experts % groups or not 1 <= chosen <= groups:
+        allowed = f"holds num_groups {groups} and group_topk {chosen}, which do not fit its {experts} experts"
+        raise SettingError(FLAG, path, allowed)
+    if topk is not None and (topk % chosen or topk > chosen * (experts // groups)):
+        raise SettingError(FLAG, path, f"holds topk {topk}, which {chosen} of {groups} groups of experts do not allow")
+    return gating
 
 
 # -- one .safetensors file -----------------------------------------------------------------------------------------
@@ -132,10 +145,11 @@ def _gating(path: Path, topk: int | None, experts: int) -> Gating:
 @contextmanager
 def _reading(path: Path) -> Iterator[Any]:
     try:
+        regular(path)
         with safe_open(path, framework="pt") as file:
             yield file
-    except (SafetensorError, OSError) as error:
-        reason = " ".join(str(error).split())
+    except (SafetensorError, OSError, MemoryError) as error:
+        reason = " ".join(str(error).split())[:200]
         raise SettingError(FLAG, path, f"cannot be read, truncated or no safetensors file ({reason})") from None
 
 
@@ -148,9 +162,12 @@ def _open_safetensors(path: Path) -> Recording:
         if part.get_dtype() not in ("F32", "F16", "BF16"):
             raise SettingError(FLAG, path, f"scores must be float32, float16 or bfloat16, not {part.get_dtype()}")
         steps, layers, tokens, experts = _shape(path, part.get_shape())
-        topk = file.get_tensor("topk") if "topk" in names else None
-    if topk is not None and (topk.numel() != 1 or topk.is_floating_point() or topk.dtype == torch.bool):
-        raise SettingError(FLAG, path, f"topk must be one integer, not {topk.dtype} {list(topk.shape)}")
+        topk = None
+        if "topk" in names:
+            k_dtype, k_shape = file.get_slice("topk").get_dtype(), file.get_slice("topk").get_shape()
+            if not re.fullmatch(r"[IU]\d+", k_dtype) or math.prod(k_shape) != 1:
+                raise SettingError(FLAG, path, f"topk must be one integer, not {k_dtype} {k_shape}")
+            topk = int(file.get_tensor("topk"))
 
     def read() -> Iterator[Tensor]:
         for step in range(steps):
@@ -158,7 +175,7 @@ def _open_safetensors(path: Path) -> Recording:
                 part = file.get_slice("scores")[step : step + 1]
             yield part.float().reshape(layers, tokens, experts)
 
-    gating = _gating(path, None if topk is None else int(topk), experts)
+    gating = _check_gating(path, Gating(topk), experts)
     return Recording(tuple(range(layers)), experts, steps, read, gating, str(path))
 
 
@@ -168,12 +185,15 @@ def _open_safetensors(path: Path) -> Recording:
 @contextmanager
 def _unzipping(path: Path) -> Iterator[zipfile.ZipFile]:
     try:
+        regular(path)
         with zipfile.ZipFile(path) as file:
             yield file
-    except (zipfile.BadZipFile, zlib.error, EOFError, OSError, ValueError, NotImplementedError, RuntimeError) as error:
-        if isinstance(error, SettingError):
-            raise
-        reason = " ".join(str(error).split())
+    except SettingError:
+        raise
+    except (
+        Exception
+    ) as error:  # zipfile and NumPy let out whatever their parsers meet: LZMAError, SyntaxError, KeyError
+        reason = " ".join(str(error).split())[:200]
         raise SettingError(FLAG, path, f"cannot be read, truncated or no npz file ({reason})") from None
 
 
@@ -185,6 +205,8 @@ def _header(path: Path, name: str, member: Any) -> tuple[tuple[int, ...], np.dty
     if version not in readers:
         raise SettingError(FLAG, path, f"{name} is written in version {version} of the npy format; write numbers")
     shape, fortran, dtype = readers[version](member)
+    if not all(type(size) is int for size in shape):
+        raise SettingError(FLAG, path, f"{name} has a shape that is none")
     if dtype.hasobject:
         raise SettingError(FLAG, path, f"{name} is an array of Python objects, which are never unpickled here")
     if fortran and len(shape) > 1:
@@ -200,7 +222,13 @@ def _open_npz(path: Path) -> Recording:
             raise SettingError(FLAG, path, f"holds no array named scores; there are {', '.join(names) or 'none'}")
         with file.open("scores.npy") as member:
             shape, dtype = _header(path, "scores", member)
-            held = file.getinfo("scores.npy").file_size - member.tell()
+            about = file.getinfo("scores.npy")
+            held = about.file_size - member.tell()
+        if about.file_size > max(LARGEST_PACKED, MOST_PACKED * about.compress_size):
+            times = about.file_size // max(1, about.compress_size)
+            raise SettingError(
+                FLAG, path, f"is packed {times}-fold: scores are not, and unpacked it may fill the memory"
+            )
         if dtype.kind != "f" or dtype.itemsize not in (2, 4):
             raise SettingError(FLAG, path, f"scores must be float32 or float16, not {dtype}")
         steps, layers, tokens, experts = _shape(path, shape)
@@ -220,7 +248,8 @@ def _open_npz(path: Path) -> Recording:
                 step = np.frombuffer(_exactly(member, layers * tokens * experts * dtype.itemsize), dtype)
                 yield torch.from_numpy(step.astype(np.float32)).view(layers, tokens, experts)
 
-    return Recording(tuple(range(layers)), experts, steps, read, _gating(path, topk, experts), str(path))
+    gating = _check_gating(path, Gating(topk), experts)
+    return Recording(tuple(range(layers)), experts, steps, read, gating, str(path))
 
 
 def _exactly(member: Any, size: int) -> bytes:
@@ -252,7 +281,7 @@ def _layers(path: Path) -> tuple[dict[int, tuple[int, int]], dict[str, str]]:
         for name in file.keys():  # noqa: SIM118 (not a mapping)
             part = file.get_slice(name)
             shape = part.get_shape()
-            if not re.fullmatch(r"layer_\d+", name) or part.get_dtype() != "F32" or len(shape) != 2:
+            if not re.fullmatch(r"layer_(0|[1-9][0-9]{0,8})", name) or part.get_dtype() != "F32" or len(shape) != 2:
                 raise SettingError(FLAG, path, f"{name} is no float32 [tokens, experts] of a layer_<number>")
             shapes[int(name[6:])] = (shape[0], shape[1])
     return shapes, about
@@ -270,8 +299,8 @@ def _look(folder: Path, step: int, files: Mapping[int, Path]) -> tuple[tuple[int
             ranks = int(about["ranks"])
         except (KeyError, ValueError) as error:
             raise SettingError(FLAG, path, f"has metadata that cannot be read ({error})") from None
-        if missing := sorted(set(range(ranks)) - set(files)):
-            raise SettingError(FLAG, folder, f"step {step} is incomplete: rank {missing[0]} of {ranks} wrote no file")
+        if (missing := next((rank for rank in range(ranks) if rank not in files), None)) is not None:
+            raise SettingError(FLAG, folder, f"step {step} is incomplete: rank {missing} of {ranks} wrote no file")
         for layer, (some, width) in shapes.items():
             tokens[layer] = tokens.get(layer, 0) + some
             if widths.setdefault(layer, width) != width:
@@ -294,13 +323,13 @@ def _open_run(folder: Path) -> Recording:
     if not files:
         raise SettingError(FLAG, folder, "holds no recorded scores; `alflb train --record-scores N` writes them")
     first, last = min(files), max(files)
-    if missing := sorted(set(range(first, last + 1)) - set(files)):
-        raise SettingError(FLAG, folder, f"step {missing[0]} is missing between step {first} and step {last}")
+    if (missing := next((step for step in range(first, last) if step not in files), None)) is not None:
+        raise SettingError(FLAG, folder, f"step {missing} is missing between step {first} and step {last}")
     layers, experts, gating = _look(folder, first, files[first])
     for step in range(first + 1, last + 1):
         if _look(folder, step, files[step]) != (layers, experts, gating):
             raise SettingError(FLAG, folder, f"step {step} has other layers, experts or gating than step {first}")
-    _gating(folder, gating.topk, experts)
+    _check_gating(folder, gating, experts)
 
     def read() -> Iterator[Tensor]:
         for step in range(first, last + 1):

@@ -7,7 +7,9 @@ table, and `figures`, the numbers behind the pictures (`alflb_megatron.theory.cl
 from __future__ import annotations
 
 import argparse
+import errno
 import inspect
+import os
 import shutil
 import sys
 import textwrap
@@ -32,16 +34,21 @@ def _claims() -> Any:
     return claims
 
 
+def _check(names: Sequence[str]) -> Sequence[str]:
+    """The names of all claims; SettingError where one of `names` is none of them."""
+    known: Sequence[str] = _claims().names()
+    for name in names:
+        if name not in known:
+            raise SettingError("CLAIM", name, f"must be one of {', '.join(known)}")
+    return known
+
+
 def measure(names: Sequence[str] = (), full: bool = False, stream: Any = None) -> dict[str, Any]:
     """Checks the claims (all of them where none is named); returns what `theory.json` holds.
 
     SettingError for a name that is no claim's. `stream` shows the progress; standard error by default.
     """
-    claims = _claims()
-    known = claims.names()
-    for name in names:
-        if name not in known:
-            raise SettingError("CLAIM", name, f"must be one of {', '.join(known)}")
+    claims, known = _claims(), _check(names)
     results: dict[str, Any] = {"full": full, "versions": versions(), "claims": {}}
     for name in [name for name in known if not names or name in names]:
         claim = claims.make(name, full)
@@ -142,10 +149,16 @@ def sweep_table(figures: Mapping[str, Any]) -> str:
 def theory(out: str | Path, names: Sequence[str] = (), full: bool = False) -> dict[str, Any]:
     """Measures, prints the table, writes `out`/theory.json and a picture for each claim that has one."""
     out = Path(out)
-    if out.exists() and not out.is_dir():
-        raise SettingError("--out", out, "must be a folder, and this is a file")
+    _check(names)  # before the folder is made
+    try:
+        if out.exists() and not out.is_dir():
+            raise SettingError("--out", out, "must be a folder, and this is a file")
+        out.mkdir(parents=True, exist_ok=True)  # before minutes of measuring
+        if not os.access(out, os.W_OK | os.X_OK):
+            raise PermissionError(errno.EACCES, "no right to write")
+    except OSError as error:
+        raise SettingError("--out", out, f"must be a folder that can be written ({error.strerror})") from None
     results = measure(names, full)
-    out.mkdir(parents=True, exist_ok=True)
     write_json(out / FILE, results)
     from alflb_megatron.runs.theory_plots import draw
 

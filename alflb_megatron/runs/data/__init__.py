@@ -15,8 +15,9 @@ from __future__ import annotations
 from pathlib import Path
 
 from alflb_megatron.runs.data.indexed import open_indexed, prefix_of
-from alflb_megatron.runs.data.samples import Batch, Sample, TextData, collate, micro_batches
+from alflb_megatron.runs.data.samples import Batch, Sample, TextData, collate, micro_batches, one_line
 from alflb_megatron.runs.data.text import open_text
+from alflb_megatron.settings import SettingError
 
 __all__ = ["Batch", "Sample", "TextData", "collate", "micro_batches", "open_data"]
 
@@ -51,11 +52,14 @@ def open_data(
 
     Raises SettingError that names `--data` or `--tokenizer`, the value and what is allowed.
     """
-    prefix = prefix_of(source)
-    if prefix is not None:
-        splits = open_indexed(source, prefix, tokenizer, vocab_size, seq_length, seed, cache_dir)
-    else:
-        splits = open_text(source, tokenizer, vocab_size, seq_length, seed)
+    try:
+        prefix = prefix_of(source)
+        if prefix is not None:
+            splits = open_indexed(source, prefix, tokenizer, vocab_size, seq_length, seed, cache_dir)
+        else:
+            splits = open_text(source, tokenizer, vocab_size, seq_length, seed)
+    except (OSError, RuntimeError, MemoryError) as error:  # RuntimeError: a ~ of nobody's
+        raise SettingError("--data", source, f"cannot be read: {one_line(error)}") from error
     for data, samples in zip(splits, (train_samples, validation_samples), strict=True):
         data.description += f", {len(data)} samples" + (f", read {samples / len(data):.3g} times" if samples else "")
     return splits

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import re
 import struct
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from alflb_megatron.runs.data.samples import (
     fingerprint,
     one_line,
 )
+from alflb_megatron.runs.record import regular
 from alflb_megatron.settings import SettingError
 
 TOKENIZERS = "must be byte, null:VOCABULARY, huggingface:NAME_OR_PATH or sentencepiece:PATH"
@@ -39,8 +41,12 @@ class IndexedText(TextData):
         return len(self._dataset)
 
     def _window(self, index: int) -> Sample:
-        item = self._dataset[index]
-        tokens, labels = item["tokens"], item["labels"]
+        try:
+            item = self._dataset[index]
+            tokens, labels = item["tokens"], item["labels"]
+        except Exception as error:  # damage that the lengths do not show, or an index of ours that was changed
+            held = f"Megatron-Core cannot read its sample {index}: {one_line(error)}"
+            raise SettingError("--data", self._source, held) from error
         for ids in (tokens, labels):
             low, high = (int(bound) for bound in ids.aminmax())
             if low < 0 or high >= self._vocabulary:
@@ -81,6 +87,7 @@ def open_indexed(
     cache = (cache_dir or prefix / "cache") / digest[:16]
     try:
         cache.mkdir(parents=True, exist_ok=True)
+        _check_cache(source, cache)
     except OSError as error:
         raise SettingError("--data", source, f"no folder for its index can be made: {one_line(error)}") from error
 
@@ -104,6 +111,22 @@ def open_indexed(
         data.sample(0)  # a tokenizer that does not suit is mostly seen here
         splits.append(data)
     return splits[0], splits[1]
+
+
+def _check_cache(source: str, cache: Path) -> None:
+    """Raises SettingError where a file of the index is no plain array of numbers.
+
+    A data set may come with such a folder, and Megatron-Core reads it with `numpy.load(allow_pickle=True)`
+    (gpt_dataset.py), which unpickles, and so executes, whatever is not of NumPy's format.
+    """
+    for path in sorted(cache.glob("*.npy")):
+        try:
+            regular(path)
+            if not isinstance(np.load(path, mmap_mode="r", allow_pickle=False), np.ndarray):
+                raise ValueError("an archive")
+        except Exception as error:  # NumPy's header is parsed as Python's literals: SyntaxError, TypeError, ...
+            held = f"{path} is no array of numbers ({one_line(error)}); it is made anew when that folder is removed"
+            raise SettingError("--data", source, held) from error
 
 
 def _gpt_dataset(
@@ -161,8 +184,10 @@ def _check_files(source: str, prefix: Path) -> tuple[np.ndarray[Any, Any], str]:
         offsets = np.frombuffer(content, np.int64, sequences, _HEAD.size + lengths.nbytes)
         size = bin_.stat().st_size
         bounds = np.frombuffer(content, np.int64, ends, _HEAD.size + 12 * sequences)
-        if ends < 2 or bounds[-1] != sequences:
-            raise damaged(f"{idx.name} has document bounds that do not end at its {sequences} sequences")
+        if ends < 2 or bounds[0] != 0 or bounds[-1] != sequences or (bounds[1:] < bounds[:-1]).any():
+            raise damaged(f"{idx.name} has document bounds that do not rise from 0 to its {sequences} sequences")
+        if offsets.max() > size:  # before they are added to: a sum beyond int64 would be negative
+            raise damaged(f"{idx.name} has a sequence at byte {offsets.max()} of {bin_.name}, which has {size}")
         bytes_needed = int((offsets + lengths.astype(np.int64) * _ITEM_BYTES[code]).max())
         if lengths.min() < 0 or offsets.min() < 0 or bytes_needed > size:
             raise damaged(f"{idx.name} needs {bytes_needed} bytes of {bin_.name}, which has {size}")
@@ -178,7 +203,7 @@ def check_tokenizer_name(spec: str) -> tuple[str, str]:
     """`--tokenizer` in its two parts, the second empty for `byte`; raises SettingError where it is none of these."""
     kind, _, name = spec.partition(":")
     needs_name = {"byte": False, "null": True, "huggingface": True, "sentencepiece": True}
-    if needs_name.get(kind) is not bool(name) or (kind == "null" and not (name.isdecimal() and int(name) >= 2)):
+    if needs_name.get(kind) is not bool(name) or (kind == "null" and not re.fullmatch(r"[2-9]|[1-9][0-9]{1,17}", name)):
         raise SettingError("--tokenizer", spec, TOKENIZERS)
     return kind, name
 

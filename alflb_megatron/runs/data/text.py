@@ -136,6 +136,6 @@ def _utf8(source: str, path: Path) -> bytes | None:
         text.decode()
     except UnicodeDecodeError:
         return None
-    except OSError as error:
+    except (OSError, MemoryError) as error:
         raise SettingError("--data", source, f"cannot be read: {one_line(error)}") from error
     return None if b"\0" in text else text

@@ -1,0 +1,24 @@
+"""One real model with its optimizer in this process, into which checkpoints are loaded."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+from alflb_megatron.runs.job import Plan, resolve
+from tests.fuzz.seeds import JOB, SHAPE
+
+
+@functools.cache
+def there() -> tuple[Plan, Any]:
+    """The plan and the trainee, on process groups of one rank."""
+    import torch.distributed as dist
+    from megatron.core import parallel_state
+
+    from alflb_megatron.runs import build
+
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    parallel_state.initialize_model_parallel()
+    build.seed_ranks(1234)
+    plan = resolve({**JOB, "steps": 2, "rule": "adaptive"}, SHAPE, {})
+    return plan, build.trainee(plan)
