@@ -41,7 +41,8 @@ class _Parser(argparse.ArgumentParser):
     """An argument parser whose errors are one line."""
 
     def error(self, message: str) -> NoReturn:
-        text = re.sub(r"^argument ", "", message)
+        text = " ".join(re.sub(r"^argument ", "", message).split())
+        text = text if len(text) <= 500 else f"{text[:500]}..."
         self.exit(2, f"{self.prog}: {text} (see {self.prog} --help)\n")
 
 
