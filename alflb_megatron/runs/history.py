@@ -6,7 +6,6 @@ does not grow with the loads: they are kept as means over bins of steps that dou
 
 from __future__ import annotations
 
-import math
 import os
 import warnings
 from array import array
@@ -68,6 +67,20 @@ class Track:
         return relative
 
 
+@dataclass
+class Event:
+    """Something that the records of the steps `first` to `last` all say; kind: alarm, rejected, skipped, loss."""
+
+    first: int
+    last: int
+    kind: str
+    text: str
+
+    @property
+    def steps(self) -> str:
+        return f"{self.first:,}" if self.first == self.last else f"{self.first:,} - {self.last:,}"
+
+
 SERIES = ("step", "loss", "maxvio_mean", "maxvio_max", "bias_spread", "seconds", "tokens")
 
 
@@ -87,11 +100,12 @@ class History:
     tracks: dict[tuple[int, int], Track] = field(default_factory=dict)
     """By layer and number of experts, in the order of appearance."""
     certificates: list[tuple[int, dict[str, Any]]] = field(default_factory=list)
-    events: deque[tuple[int, str, str]] = field(default_factory=lambda: deque(maxlen=KEPT_EVENTS))
-    """Step, kind (alarm, rejected, skipped, loss), text; the latest `KEPT_EVENTS` of them."""
+    events: deque[Event] = field(default_factory=lambda: deque(maxlen=KEPT_EVENTS))
+    """The latest `KEPT_EVENTS`, in the order of their first steps."""
     counts: dict[str, int] = field(default_factory=dict)
-    """How often each kind of event was, the forgotten ones included."""
+    """How many times each kind of event was in a step, the forgotten ones included."""
     _series: dict[str, array[float]] = field(default_factory=lambda: {name: array("d") for name in SERIES})
+    _going_on: dict[tuple[str, str], Event] = field(default_factory=dict)
     _edges: list[int] = field(default_factory=list)
     _width: int = 1
 
@@ -109,6 +123,8 @@ class History:
         for name, values in self._series.items():
             values.append(getattr(step, name))
         for layer in step.layers if self.tracked else []:
+            if not len(layer.loads_E):
+                continue
             key = (layer.number, len(layer.loads_E))
             if key not in self.tracks:
                 self.tracks[key] = Track(*key)
@@ -118,17 +134,25 @@ class History:
         self.last = step
 
     def _note_events(self, step: Step) -> None:
-        found = [("alarm", text) for text in step.alarms]
+        going_on: dict[tuple[str, str], Event] = {}
+        found = [("alarm", text) for text in dict.fromkeys(step.alarms)]
         if step.rejected:
             layers = ", ".join(step.rejected)
             found.append(("rejected", f"scores that are NaN or infinite: the bias of layer {layers} stayed"))
         if step.skipped:
             found.append(("skipped", "the optimizer skipped the step"))
-        if not math.isfinite(step.loss):
+        if step.diverged:
             found.append(("loss", "the loss is not finite"))
         for kind, text in found:
             self.counts[kind] = self.counts.get(kind, 0) + 1
-            self.events.append((step.step, kind, text))
+            event = self._going_on.get((kind, text))
+            if event is not None:
+                event.last = step.step
+            else:
+                event = Event(step.step, step.step, kind, text)
+                self.events.append(event)
+            going_on[kind, text] = event
+        self._going_on = going_on
 
     def series(self, name: str) -> Array:
         """One of `SERIES`, a value a record, float64 [records]."""
@@ -144,9 +168,15 @@ class History:
         return len(self._edges)
 
     def edges(self) -> Array:
-        """The first step of each bin, and the step after the last: float64 [bins + 1]."""
+        """Where each bin begins and the last ends, half a step before its first and after its last: [bins + 1]."""
         last = self.last.step if self.last else 0
-        return np.array([*self._edges, max(last, self._edges[-1]) + 1], dtype=np.float64)
+        return np.array([*self._edges, max(last, self._edges[-1]) + 1], dtype=np.float64) - 0.5
+
+    def middles(self) -> Array:
+        """The middle of each bin, a number of a step: float64 [bins]."""
+        edges = self.edges()
+        middles: Array = (edges[:-1] + edges[1:]) / 2
+        return middles
 
     def setting(self, name: str) -> Any:
         """A setting by name, in whatever group it was written; None where there is none."""

@@ -62,7 +62,7 @@ def _step_axis(axes: Axes, runs: Sequence[History]) -> None:
     first = min(float(run.series("step")[0]) for run in runs)
     last = max(float(run.series("step")[-1]) for run in runs)
     axes.set_xlim(first if first < last else first - 0.5, last if first < last else last + 0.5)
-    axes.xaxis.set_major_locator(MaxNLocator(nbins=7, integer=True))
+    axes.xaxis.set_major_locator(MaxNLocator(nbins=7, integer=True, min_n_ticks=1))
     axes.xaxis.set_major_formatter(lambda value, _: steps_text(value, last))
 
 
@@ -181,7 +181,10 @@ def maxvio(runs: Sequence[History]) -> Figure | None:
         worst = _positive(runs[0].series("maxvio_max"))
         if len(runs[0].tracks) > 1 and np.isfinite(worst).any():
             worst = _smooth(np.where(np.isfinite(worst), worst, np.nan), window)
-            axes.plot(runs[0].series("step"), worst, color=COLOURS[1], linewidth=1.0, label="worst layer")
+            marker = "o" if np.isfinite(worst).sum() < 3 else None
+            axes.plot(
+                runs[0].series("step"), worst, color=COLOURS[1], linewidth=1.0, label="worst layer", marker=marker
+            )
     floors = sorted({round(floor, 6) for floor in (run.floor() for run in runs) if floor > 0})
     for at, floor in enumerate(floors):
         name = "sampling floor" if at == 0 else None
@@ -249,7 +252,7 @@ def gain(runs: Sequence[History]) -> Figure | None:
     for run, look in zip(runs, styles(runs), strict=True):
         if run not in with_gain:
             continue
-        middle = (run.edges()[:-1] + run.edges()[1:] - 1) / 2
+        middle = run.middles()
         rows = np.array([track.mean("gain", run.bins)[:, 0] for track in run.tracks.values() if track.has("gain")])
         marker = "o" if run.bins == 1 else None
         for row in rows if len(rows) > 1 else []:

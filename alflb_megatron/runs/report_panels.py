@@ -78,7 +78,7 @@ def loads(run: History, limit: float) -> Figure | None:
         shown = np.ma.masked_invalid(np.where(relative > 0, relative, np.where(relative <= 0, 1e-9, np.nan)))
         image = one.pcolormesh(run.edges(), np.arange(track.experts + 1) - 0.5, shown.T, norm=norm, cmap=colours)
         one.invert_yaxis()
-        one.yaxis.set_major_locator(MaxNLocator(nbins=4, integer=True))
+        one.yaxis.set_major_locator(MaxNLocator(nbins=4, integer=True, min_n_ticks=1))
         _bin_axis(one, run)
     figure.supylabel("expert", fontsize=9)
     bar = figure.colorbar(image, ax=axes, extend="both", location="top", aspect=45, fraction=0.05, pad=0.02)
@@ -96,29 +96,31 @@ def _bin_axis(axes: Axes, run: History) -> None:
 
     edges = run.edges()
     axes.set_xlim(edges[0], edges[-1])
-    axes.xaxis.set_major_locator(MaxNLocator(nbins=4, integer=True))
+    axes.xaxis.set_major_locator(MaxNLocator(nbins=4, integer=True, min_n_ticks=1))
     axes.xaxis.set_major_formatter(lambda value, _: steps_text(value, edges[-1]))
 
 
 def bias(run: History) -> Figure | None:
     """The expert bias over the steps, a line an expert and a panel a layer; None for a run without a bias."""
     from matplotlib import colormaps
+    from matplotlib.collections import LineCollection
     from matplotlib.ticker import MaxNLocator
 
     tracks = shown_tracks(run)
     if not any(track.has("bias") for track in tracks):
         return None
     figure, axes = _panels(run, tracks)
-    middle = (run.edges()[:-1] + run.edges()[1:] - 1) / 2
+    middle = run.middles()
     for one, track in zip(axes, tracks, strict=True):
         means = track.mean("bias", run.bins)
         seen = np.flatnonzero(np.isfinite(means).all(axis=1))
         order = np.argsort(np.argsort(means[seen[-1]])) if len(seen) else np.arange(track.experts)
-        for expert, rank in enumerate(order):
-            colour = colormaps["viridis"](0.95 * rank / max(1, track.experts - 1))
-            marker = "o" if len(seen) == 1 else None
-            width = 0.9 if track.experts <= 64 else 0.5
-            one.plot(middle, means[:, expert], color=colour, linewidth=width, marker=marker, markersize=3)
+        colours = colormaps["viridis"](0.95 * order / max(1, track.experts - 1))
+        if len(seen) == 1:  # a line of one point is invisible
+            one.scatter(np.full(track.experts, middle[seen[0]]), means[seen[0]], c=colours, s=12, linewidths=0)
+        lines = [np.column_stack([middle, row]) for row in means.T]
+        one.add_collection(LineCollection(lines, colors=colours, linewidths=0.9 if track.experts <= 64 else 0.5))
+        one.autoscale_view()
         dress(one)
         _bin_axis(one, run)
         one.yaxis.set_major_locator(MaxNLocator(nbins=4))

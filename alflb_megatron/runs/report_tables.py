@@ -94,7 +94,7 @@ def overview(histories: Sequence[History]) -> Table:
             rule_text(run),
             *([model_text(run)] if models else []),
             state_text(run),
-            _figure_text(run.last.loss) if math.isfinite(run.last.loss) else "not finite",
+            "not finite" if run.last.diverged else _figure_text(run.last.loss),
             _figure_text(number(run.summary.get("validation_loss"))),
             _vio(maxvio_end(run)),
             _vio(number(run.summary.get("maxvio_global_mean"))),
@@ -175,11 +175,11 @@ def events(histories: Sequence[History]) -> Table:
     several = len(histories) > 1
     rows, notes = [], []
     for run in histories:
-        rows += [[f"{step:,}", *([run.label] if several else []), text] for step, _, text in run.events]
+        rows += [[event.steps, *([run.label] if several else []), event.text] for event in run.events]
         told = ", ".join(f"{count:,} {KINDS[kind]}" for kind, count in run.counts.items())
         before = f"{run.label}: " if several else ""
         if told:
-            more = "; the list holds the latest" if sum(run.counts.values()) > KEPT_EVENTS else ""
+            more = "; the list holds the latest" if len(run.events) == KEPT_EVENTS else ""
             notes.append(f"{before}{told}{more}.")
     note = " ".join(notes) or "No alarm, no step rejected or skipped."
     return Table("Alarms and rejected steps", ["step", *(["run"] if several else []), "what"], rows, note)

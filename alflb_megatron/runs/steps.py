@@ -27,13 +27,10 @@ SIMULATED = 1 << 16
 
 
 def number(value: Any) -> float:
-    """`value` as a float; nan where it is none."""
-    if isinstance(value, bool) or not isinstance(value, int | float):
+    """`value` as a float; nan where it is none, or so large that sums of it would not be finite."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < 1e100:
         return nan
-    try:
-        return float(value)
-    except OverflowError:
-        return nan
+    return float(value)
 
 
 def clean(text: Any, length: int = 500) -> str:
@@ -96,6 +93,8 @@ class Step:
     alarms: list[str]
     rejected: list[str]
     skipped: bool
+    diverged: bool
+    """Whether there is a loss and it is not finite."""
     certificates: list[dict[str, Any]]
 
     @classmethod
@@ -136,6 +135,7 @@ class Step:
             alarms=_texts(record.get("alarms")),
             rejected=_texts(record.get("rejected")),
             skipped=record.get("skipped") is True,
+            diverged="loss" in record and not math.isfinite(number(record["loss"])),
             certificates=[row for row in _rows(record.get("certificates")) if isinstance(row, dict)],
             **figures,
             **measured,

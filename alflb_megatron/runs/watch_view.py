@@ -177,9 +177,9 @@ def _figures(watched: Watched) -> list[Text]:
     last, floor = watched.history.last, watched.history.floor()
     assert last is not None
     over = f" ({last.maxvio_mean / floor:.1f}x the floor of {vio(floor)})" if floor > 0 else ""
-    loss = _digits(last.loss, ".4f") if math.isfinite(last.loss) else "not finite"
+    loss = "not finite" if last.diverged else _digits(last.loss, ".4f")
     first = Text.assemble(
-        ("loss ", "dim"), (loss, "bold" if math.isfinite(last.loss) else "bold red"),
+        ("loss ", "dim"), (loss, "bold red" if last.diverged else "bold"),
         ("  MaxVio ", "dim"), (vio(last.maxvio_mean), "bold"), over if math.isfinite(last.maxvio_mean) else "",
         ("  worst layer ", "dim"), vio(last.maxvio_max),
     )  # fmt: skip
@@ -228,9 +228,9 @@ def _alarms(watched: Watched) -> list[RenderableType]:
     events = list(watched.history.events)[-ALARMS:]
     broken = watched.tail.broken
     found: list[RenderableType] = []
-    for step, kind, text in events:
-        style = "bold red" if kind == "alarm" else "yellow"
-        found.append(Text(f"step {step:,}: {text}", style=style, no_wrap=True, overflow="ellipsis"))
+    for event in events:
+        style = "bold red" if event.kind == "alarm" else "yellow"
+        found.append(Text(f"step {event.steps}: {event.text}", style=style, no_wrap=True, overflow="ellipsis"))
     if broken:
         found.append(Text(f"{broken} lines of metrics.jsonl are no records of a step", style="yellow"))
     return [Text(""), *found] if found else []
