@@ -12,7 +12,7 @@ import json
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -211,7 +211,7 @@ def put(biases: Biases, folder: str | os.PathLike[str], flag: str = "folder") ->
         raise SettingError(flag, folder, "must be the folder of a Hugging Face model")
     there = _read_folder(folder, flag)
     biases.require_gate("score", there.score_function or "sigmoid", flag)
-    decoder = there.num_layers or max(there.rows)
+    decoder = there.num_layers or biases.num_layers or max(there.rows)
     kept = [layer for layer in there.rows if layer > decoder and layer not in biases.rows]
     wanted = {layer: row.numel() for layer, row in there.rows.items() if layer not in kept}
     biases.require_fit(wanted, decoder, flag)
@@ -259,7 +259,8 @@ def _part(path: Path, tensors: Mapping[str, Tensor], about: dict[str, str] | Non
         if path.exists():
             part.chmod(path.stat().st_mode)
     except (SafetensorError, OSError) as error:
-        part.unlink(missing_ok=True)
+        with suppress(OSError):
+            part.unlink(missing_ok=True)
         raise SettingError(flag, path, f"cannot be written ({' '.join(str(error).split())})") from None
     return part
 

@@ -132,8 +132,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--shift",
         default="0",
         metavar="auto|VALUE",
-        help="add a constant to all, which changes no choice: group-limited DeepSeek-V3 in transformers before 5 needs "
-        "biases that are not negative; auto takes what that needs",
+        help="add a constant to all, which changes no choice: group-limited DeepSeek-V3 in transformers up to 4.57 "
+        "needs biases that are not negative; auto takes what that needs",
     )
 
 
@@ -159,8 +159,8 @@ def _export(biases: Biases, flags: argparse.Namespace) -> Iterable[str]:
         yield f"shifted by {amount:g}; two biases of a layer moved apart by at most {biases.rounding(amount):.1e}"
     elif biases.num_groups and biases.lowest < 0:
         yield (
-            f"groups are limited and the lowest bias is {biases.lowest:.4g}: transformers before 5 chooses other "
-            f"experts unless it is given --shift auto ({biases.shift_needed():g})"
+            f"groups are limited and the lowest bias is {biases.lowest:.4g}: transformers up to 4.57 may choose "
+            f"other experts unless it is given --shift auto ({biases.shift_needed():g})"
         )
     if flags.out and biases.score_unit == "logit":
         yield "biases on logits, which no Hugging Face model takes: written under Megatron-Core's names"

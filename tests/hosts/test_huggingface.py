@@ -168,6 +168,10 @@ def test_a_bfloat16_model_keeps_float32_biases_and_its_other_weights(tmp_path: P
         assert name.endswith("correction_bias") or torch.equal(tensor, before[name])
     read = huggingface.read(tmp_path)
     assert all(torch.equal(row, biases.rows[layer]) for layer, row in read.rows.items())
+    model = type(_deepseek(None)).from_pretrained(tmp_path, dtype=torch.bfloat16)
+    gates = {layer: model.model.layers[layer - 1].mlp.gate.e_score_correction_bias for layer in (2, 3, 4)}
+    kept = bool(getattr(model, "_keep_in_fp32_modules_strict", None))  # by transformers, from 5 on
+    assert all(torch.equal(bias, biases.rows[layer]) == kept for layer, bias in gates.items())
     index = json.loads((tmp_path / huggingface.INDEX).read_text())
     assert index["metadata"]["total_size"] == sum(tensor.nbytes for tensor in after.values())
     assert not list(tmp_path.glob(".*")), "nothing half written stays"
@@ -178,3 +182,163 @@ def _tensors(folder: Path) -> dict[str, Tensor]:
     for file in sorted(folder.glob("*.safetensors")):
         found |= load_file(file)
     return dict(sorted(found.items()))
+
+
+# -- files, without transformers ---------------------------------------------------------------------------------------
+
+
+def _biases(*layers: int, **about: Any) -> Biases:
+    return Biases({k: torch.randn(8, generator=torch.Generator().manual_seed(k)) for k in layers}, **about)
+
+
+def _model(folder: Path, names: dict[str, Tensor] | None = None, **config: Any) -> Path:
+    """A folder as save_pretrained leaves it, of two shards: biases of two layers and of an MTP layer, in bfloat16."""
+    folder.mkdir()
+    shards = {
+        "model-00001-of-00002.safetensors": {
+            "model.layers.1.mlp.gate.weight": torch.randn(8, 4).bfloat16(),
+            "model.layers.1.mlp.gate.e_score_correction_bias": torch.randn(8).bfloat16(),
+        },
+        "model-00002-of-00002.safetensors": {
+            "model.layers.2.mlp.gate.e_score_correction_bias": torch.randn(8).bfloat16(),
+            "model.layers.3.mlp.gate.e_score_correction_bias": torch.randn(8).bfloat16(),
+            **(names or {}),
+        },
+    }
+    for shard, tensors in shards.items():
+        save_file(tensors, folder / shard, {"format": "pt"})
+    weight_map = {name: shard for shard, tensors in shards.items() for name in tensors}
+    (folder / huggingface.INDEX).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    (folder / "config.json").write_text(json.dumps({"num_hidden_layers": 3, **config}))
+    return folder
+
+
+def test_what_is_saved_is_read(tmp_path: Path) -> None:
+    biases = _biases(2, 3, 62, num_layers=61, score_function="sigmoid", num_groups=8)
+    file = huggingface.save(biases, tmp_path / "bias.safetensors")
+    read = huggingface.read(file)
+    assert all(torch.equal(read.rows[layer], row) for layer, row in biases.rows.items())
+    assert (read.num_layers, read.score_unit, read.score_function, read.num_groups) == (61, "score", "sigmoid", 8)
+    with safe_open(file, framework="pt") as held:
+        assert set(held.keys()) == {f"model.layers.{i}.mlp.gate.e_score_correction_bias" for i in (1, 2, 61)}
+        assert held.metadata()["format"] == "pt", "transformers asks for it"
+
+
+def test_biases_on_logits_do_not_pass_for_hugging_faces(tmp_path: Path) -> None:
+    biases = _biases(2, score_unit="logit")
+    file = huggingface.save(biases, tmp_path / "bias.safetensors")
+    assert list(load_file(file)) == ["decoder.layers.1.mlp.router.expert_bias"]
+    read = huggingface.read(file)
+    assert read.score_unit == "logit" and torch.equal(read.rows[2], biases.rows[2])
+    with pytest.raises(SettingError, match="for the logit; the router adds its own to the score"):
+        huggingface.put(biases, _model(tmp_path / "model"))
+
+
+def test_put_leaves_an_mtp_layer_it_has_no_bias_for(tmp_path: Path) -> None:
+    folder = _model(tmp_path / "model")
+    before = _tensors(folder)
+    written = huggingface.put(_biases(2, 3), folder)
+    assert [file.name for file in written] == [f"model-0000{i}-of-00002.safetensors" for i in (1, 2)]
+    after, mtp = _tensors(folder), "model.layers.3.mlp.gate.e_score_correction_bias"
+    assert after[mtp].dtype == torch.bfloat16 and torch.equal(after[mtp], before[mtp])
+    read = huggingface.read(folder)
+    assert torch.equal(read.rows[2], _biases(2).rows[2]) and list(read.rows) == [2, 3, 4]
+
+
+@pytest.mark.parametrize(
+    ("biases", "said"),
+    [
+        (_biases(2), "has no bias for layer 3"),
+        (_biases(2, 3, 7), "has a bias for layer 7"),
+        (_biases(2, 3, num_layers=61), "decoder of 61 layers; the model has 3"),
+        (Biases({2: torch.zeros(8), 3: torch.zeros(16)}), "16 experts in layer 3; the model has 8"),
+        (_biases(2, 3, score_function="softmax"), "softmax gate; the model has a sigmoid gate"),
+    ],
+)
+def test_put_refuses_what_does_not_fit_and_writes_nothing(tmp_path: Path, biases: Biases, said: str) -> None:
+    folder = _model(tmp_path / "model")
+    before = {file.name: file.read_bytes() for file in folder.iterdir()}
+    with pytest.raises(SettingError, match=f"^--into=biases: .*{said}"):
+        huggingface.put(biases, folder, "--into")
+    assert before == {file.name: file.read_bytes() for file in folder.iterdir()}
+
+
+def test_put_writes_all_files_or_none(tmp_path: Path) -> None:
+    folder = _model(tmp_path / "model")
+    (folder / ".model-00002-of-00002.safetensors.part").mkdir()  # so that the second file cannot be written
+    before = _tensors(folder)
+    with pytest.raises(SettingError, match="cannot be written"):
+        huggingface.put(_biases(2, 3), folder)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in _tensors(folder).items())
+    assert [path.name for path in folder.glob(".*")] == [".model-00002-of-00002.safetensors.part"]
+
+
+def _index(folder: Path, weight_map: Any) -> None:
+    (folder / huggingface.INDEX).write_text(json.dumps({"weight_map": weight_map}))
+
+
+BIAS = "model.layers.1.mlp.gate.e_score_correction_bias"
+SHARD = "model-00001-of-00002.safetensors"
+DAMAGE: dict[str, tuple[Any, str]] = {
+    "index_no_json": (lambda f: (f / huggingface.INDEX).write_text("{"), "cannot be read as JSON"),
+    "index_deep": (lambda f: (f / huggingface.INDEX).write_text("[" * 100_000), "cannot be read as JSON"),
+    "index_list": (lambda f: (f / huggingface.INDEX).write_text("[]"), "must hold a JSON object"),
+    "index_empty": (lambda f: (f / huggingface.INDEX).write_text("{}"), "must hold a weight_map"),
+    "index_numbers": (lambda f: _index(f, {BIAS: 1}), "must hold a weight_map"),
+    "index_outside": (lambda f: _index(f, {BIAS: "../x.safetensors"}), "no .safetensors file beside it"),
+    "index_pickle": (lambda f: _index(f, {BIAS: "x.bin"}), "no .safetensors file beside it"),
+    "index_absent_file": (lambda f: _index(f, {BIAS: "x.safetensors"}), "cannot be read, truncated or no safetensors"),
+    "index_absent_name": (lambda f: _index(f, {BIAS.replace("1", "9"): SHARD}), "which the index says it has"),
+    "index_no_bias": (lambda f: _index(f, {"lm_head.weight": SHARD}), "holds no e_score_correction_bias"),
+    "shard_cut": (lambda f: (f / SHARD).write_bytes((f / SHARD).read_bytes()[:-3]), "cannot be read, truncated"),
+    "shard_empty": (lambda f: (f / SHARD).write_bytes(b""), "cannot be read, truncated"),
+    "nan": (lambda f: save_file({BIAS: torch.full((8,), torch.nan)}, f / SHARD), "layer 2 holds a NaN"),
+    "float64": (lambda f: save_file({BIAS: torch.zeros(8).double()}, f / SHARD), "must be float .experts., not F64"),
+    "two_dimensions": (lambda f: save_file({BIAS: torch.zeros(1, 8)}, f / SHARD), "must be float .experts., not F32"),
+    "empty": (lambda f: save_file({BIAS: torch.zeros(0)}, f / SHARD), "must be float32 .experts."),
+    "config_no_json": (lambda f: (f / "config.json").write_bytes(b"\xff"), "cannot be read as JSON"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_a_damaged_folder_is_one_line(tmp_path: Path, damage: str) -> None:
+    folder = _model(tmp_path / "model")
+    huggingface.read(folder)
+    act, said = DAMAGE[damage]
+    act(folder)
+    with pytest.raises(SettingError, match=said) as error:
+        huggingface.read(folder, "--bias")
+    assert str(error.value).startswith("--bias=") and "\n" not in str(error.value)
+
+
+def test_a_layer_with_two_biases_is_refused(tmp_path: Path) -> None:
+    folder = _model(tmp_path / "model", {"mtp.layers.1.mlp.gate.e_score_correction_bias": torch.zeros(8)})
+    with pytest.raises(SettingError, match="layer 2 has more than one bias"):
+        huggingface.read(folder)
+
+
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "model.pt"])
+def test_pickles_are_never_opened(tmp_path: Path, name: str) -> None:
+    class Trap:
+        def __reduce__(self) -> Any:
+            return (Path.touch, (tmp_path / "sprung",))
+
+    torch.save(Trap(), tmp_path / name)
+    for source in (tmp_path, tmp_path / name):
+        with pytest.raises(SettingError, match=r"never unpickled here; .*save_pretrained"):
+            huggingface.read(source)
+    assert not (tmp_path / "sprung").exists()
+    torch.load(tmp_path / name, weights_only=False)
+    assert (tmp_path / "sprung").exists(), "the trap works"
+
+
+def test_other_sources_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "folder").mkdir()
+    for source, said in ((tmp_path / "folder", "must hold model.safetensors"), (tmp_path / "x", "no such file")):
+        with pytest.raises(SettingError, match=said):
+            huggingface.read(source)
+    for path, said in ((tmp_path / "x.bin", "must end in"), (tmp_path / "no" / "x.safetensors", "cannot be written")):
+        with pytest.raises(SettingError, match=said):
+            huggingface.save(_biases(2), path)
+    with pytest.raises(SettingError, match="must be the folder"):
+        huggingface.put(_biases(2), tmp_path / "x")
