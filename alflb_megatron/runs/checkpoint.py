@@ -116,6 +116,33 @@ def _optimizer_state(trainee: Trainee, model: dict[str, Any], is_loading: bool) 
     return trainee.optimizer.sharded_state_dict(flat, is_loading=is_loading, metadata=dict(METADATA))
 
 
+def _begin_moments(optimizer: Any) -> bool:
+    """Gives optimizers that have not made a step yet their state, of zeros: a checkpoint without it cannot be loaded.
+
+    Returns whether there were PyTorch's Adams among them.
+
+    With a dynamic loss scale the first steps are skipped, and Adam makes its state at its first step.
+    """
+    found = False
+    for part in optimizer.chained_optimizers:
+        if not part.optimizer.state and part.optimizer.param_groups:
+            part.init_state_fn(part.optimizer, part.config)
+            if isinstance(part.optimizer, torch.optim.Adam | torch.optim.AdamW):
+                for state in part.optimizer.state.values():
+                    state["step"] = torch.tensor(0.0)  # which Adam looks for where there is other state
+                    found = True
+    return found
+
+
+def _keep_step_zero(saved: dict[Any, Any]) -> None:
+    """Puts in the step of an Adam that has made none, which Megatron-Core takes for an absent one."""
+    for entry in (saved, *saved.values()):
+        if isinstance(entry, dict):
+            state = entry.get("optimizer", entry).get("state")
+            if isinstance(state, dict) and state and "common_step" not in state:
+                state["common_step"] = torch.tensor(0.0)
+
+
 def save(trainee: Trainee, plan: Plan, step: int, folder: Path, fingerprint: str) -> Path:
     """Writes the checkpoint of `step` below `folder` (all ranks call it) and returns its path."""
     final = folder / f"step_{step:08d}"
@@ -126,7 +153,10 @@ def save(trainee: Trainee, plan: Plan, step: int, folder: Path, fingerprint: str
         partial.mkdir(parents=True)
     dist.barrier()
     state = _model_state(trainee)
+    untouched = _begin_moments(trainee.optimizer)
     state["optimizer"] = _optimizer_state(trainee, state, is_loading=False)
+    if untouched:
+        _keep_step_zero(state["optimizer"])
     state["random"] = _random_state()
     dist_checkpointing.save(state, str(partial))
     dist.barrier()

@@ -34,6 +34,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "adaptive, ep 2": {"rule": "adaptive", "ep": 2},
     "adaptive, ep 2, distributed optimizer": {"rule": "adaptive", "ep": 2, "optimizer": "distributed"},
     "sign, pp 2": {"rule": "sign", "pp": 2},
+    "adaptive, ep 2, fp16: no step made yet": {"rule": "adaptive", "ep": 2, "dtype": "fp16"},
     "sign, ep 1": {"rule": "sign", "micro_batch_size": 1},
     "adaptive, pp 2, distributed optimizer": {"rule": "adaptive", "pp": 2, "optimizer": "distributed"},
     "adaptive, ep 1, distributed, bf16": {"rule": "adaptive", "optimizer": "distributed", "dtype": "bf16"},
@@ -115,7 +116,12 @@ def kill_until_done(chain: Chain, kills: int, reference: Path, seconds: float, d
             break  # the last kill found it finished
         plan_ = plan(chain.variant, chain.steps, chain.run, resume=start > 0)
         fault = draw_fault(deck, draw, start, chain.steps, seconds) if _left(chain, kills, start) else None
-        ended = ranks.attempt(plan_, chain.folder, fault, grace=draw.random() * 0.3)
+        try:
+            ended = ranks.attempt(plan_, chain.folder, fault, grace=draw.random() * 0.3)
+        except ranks.Hung as error:
+            chain.faults += [fault] if fault else []
+            chain.problems.append(str(error))
+            break
         if ended.struck and fault is not None:
             chain.faults.append(fault)
             chain.problems += after_a_kill(chain, fault, ended.step, start)

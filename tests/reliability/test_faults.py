@@ -40,6 +40,7 @@ def test_a_run_that_is_killed_again_and_again_is_the_run_nobody_killed(tmp_path:
     missed = [moment for moment, counts in found["by_moment"].items() if counts["tried"] == 0]
     assert missed == [], said
     if LONG:
+        RESULTS.parent.mkdir(parents=True, exist_ok=True)
         write_json(RESULTS, found)
 
 

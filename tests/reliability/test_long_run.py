@@ -25,4 +25,5 @@ def test_updates_leave_memory_flat_the_sum_zero_and_the_ranks_one() -> None:
     for (_, plant), figures in zip(planted, defective, strict=True):
         assert any(line.startswith(SEEN_AS[plant]) for line in long_run.problems(figures)), (plant, figures)
     if LONG:
+        RESULTS.parent.mkdir(parents=True, exist_ok=True)
         write_json(RESULTS, found)
