@@ -3,6 +3,7 @@
 #   make test         every test
 #   make test-hosts   Megatron-Bridge 0.3.1, NeMo 2.7.3 and NeMo-Run for real, on Python 3.11; `make hosts launch` sets up
 #   make test-latest  core, parity and Megatron-Bridge 0.6.2 on Python 3.12 and megatron-core 0.19.2; `make latest`
+#   make reliability  200 kills, 20,000 updates, 10,000 damaged files, and the table of docs/reliability.md
 #   make check        style and types
 #   make docs         the pages that are generated from the code and from the results of the benchmarks
 
@@ -16,7 +17,7 @@ LATEST = .venv-latest
 PIP = -m pip install --quiet --disable-pip-version-check
 ARGS ?=
 
-.PHONY: demo test test-hosts test-latest check docs setup hosts launch latest clean distclean
+.PHONY: demo test reliability test-hosts test-latest check docs setup hosts launch latest clean distclean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/ready
@@ -24,6 +25,10 @@ demo: $(VENV)/ready
 
 test: $(VENV)/ready
 	$(VENV)/bin/python -m pytest $(ARGS)
+
+reliability: $(VENV)/ready
+	ALFLB_LONG=1 OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest tests/reliability tests/fuzz $(ARGS)
+	$(VENV)/bin/python docs/generate.py
 
 check: $(VENV)/ready
 	$(VENV)/bin/ruff check .

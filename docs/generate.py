@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import re
 from pathlib import Path
+from typing import Any
 
 from alflb_megatron import rules
 from alflb_megatron.config import PREFIX, ALFConfig
@@ -92,7 +95,74 @@ NeMo 2:
 """
 
 
-PAGES = {"settings.md": settings, "without-cuda.md": without_cuda}
+def reliability() -> str:
+    """The page as it is, its figures from docs/results/*.json."""
+    text = (HERE / "reliability.md").read_text(encoding="utf-8")
+    between = f"<!-- figures -->\n\n{reliability_figures(HERE / 'results')}\n\n<!-- /figures -->"
+    return re.sub(r"<!-- figures -->.*<!-- /figures -->", lambda _: between, text, flags=re.S)
+
+
+def reliability_figures(results: Path) -> str:
+    """What was tried and what came of it, in tables; a line for what was not measured."""
+    found = {
+        name: json.loads(path.read_text(encoding="utf-8")) if (path := results / f"{name}.json").exists() else None
+        for name in ("faults", "fuzz", "long_run")
+    }
+    faults, fuzz, long_run = found["faults"], found["fuzz"], found["long_run"]
+    lines = ["| what | tried | survived | lost |", "|---|---:|---:|---:|"]
+    if faults:
+        lines.append(f"| **SIGKILL of a rank, then restart** | {_counts(faults, '**')} |")
+        for title in ("by_moment", "by_variant"):
+            lines.append(f"| *{title.replace('_', ' ')}* | | | |")
+            lines += [f"| {name} | {_counts(counts)} |" for name, counts in faults[title].items()]
+    if fuzz:
+        lines.append(f"| **damaged input, read or refused in one line** | {_counts(_of_fuzz(fuzz), '**')} |")
+        lines += [f"| {name} | {_counts(_of_fuzz(counts))} |" for name, counts in fuzz["kinds"].items()]
+    if long_run:
+        drift = ", ".join(f"`{rule}` {value:.1e}" for rule, value in long_run["drift"].items())
+        lines += [
+            "",
+            "| updates of one Balancer at two ranks | found | allowed |",
+            "|---|---:|---:|",
+            f"| updates applied in {long_run['seconds'] / 60:.0f} minutes | {long_run['applied']:,} "
+            f"| {long_run['updates']:,} |",
+            f"| growth of resident memory after warm-up, MiB of {long_run['resident_mib']} | {long_run['growth_mib']} "
+            f"| {long_run['growth_bound_mib']} |",
+            f"| tensors alive, more than after warm-up | {long_run['tensors_more']} | 0 |",
+            f"| drift of the zero sum: {drift} | {max(long_run['drift'].values()):.1e} "
+            f"| {long_run['drift_bound']:.0e} |",
+            f"| checks of the Balancer that found ranks apart | {long_run['disagreements']} | 0 |",
+            f"| comparisons of the ranks, differing | {long_run['compared'] - long_run['ranks_agreed']} of "
+            f"{long_run['compared']} | 0 |",
+        ]
+    lines += [
+        f"\nNot measured: `docs/results/{name}.json` is not there." for name, values in found.items() if not values
+    ]
+    if faults:
+        lines.append(
+            f"\nFaults: {faults['runs']} runs of {faults['steps_a_run']} steps, seed {faults['seed']}; "
+            f"{faults['half_written_checkpoints_left']} half-written checkpoints were left behind, none was taken for "
+            f"whole; {faults['seconds'] / 60:.0f} minutes; torch {faults['versions']['torch']}, megatron-core "
+            f"{faults['versions']['megatron-core']}."
+        )
+        if back := faults["runs_set_back_by_hand"]:
+            lines.append(
+                f"\n{back} times a run was killed between its last checkpoint and its summary; it had to be set back "
+                "one checkpoint by hand to be validated."
+            )
+    return "\n".join(lines)
+
+
+def _of_fuzz(counts: dict[str, Any]) -> dict[str, int]:
+    well = sum(counts["outcomes"].get(outcome, 0) for outcome in ("success", "refused"))
+    return {"tried": counts["cases"], "survived": well, "lost": counts["cases"] - well}
+
+
+def _counts(counts: dict[str, int], mark: str = "") -> str:
+    return " | ".join(f"{mark}{counts[key]:,}{mark}" for key in ("tried", "survived", "lost"))
+
+
+PAGES = {"settings.md": settings, "without-cuda.md": without_cuda, "reliability.md": reliability}
 
 
 if __name__ == "__main__":
