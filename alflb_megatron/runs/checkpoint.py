@@ -119,19 +119,17 @@ def _optimizer_state(trainee: Trainee, model: dict[str, Any], is_loading: bool) 
 def _begin_moments(optimizer: Any) -> bool:
     """Gives optimizers that have not made a step yet their state, of zeros: a checkpoint without it cannot be loaded.
 
-    Returns whether there were PyTorch's Adams among them.
-
-    With a dynamic loss scale the first steps are skipped, and Adam makes its state at its first step.
+    With a dynamic loss scale the first steps are skipped, and Adam makes its state at its first step. Returns whether
+    PyTorch's Adam is among them.
     """
-    found = False
+    plain = [part for part in optimizer.chained_optimizers if isinstance(part.optimizer, torch.optim.Adam)]
     for part in optimizer.chained_optimizers:
         if not part.optimizer.state and part.optimizer.param_groups:
             part.init_state_fn(part.optimizer, part.config)
-            if isinstance(part.optimizer, torch.optim.Adam | torch.optim.AdamW):
+            if part in plain:
                 for state in part.optimizer.state.values():
                     state["step"] = torch.tensor(0.0)  # which Adam looks for where there is other state
-                    found = True
-    return found
+    return bool(plain)
 
 
 def _keep_step_zero(saved: dict[Any, Any]) -> None:
@@ -153,9 +151,9 @@ def save(trainee: Trainee, plan: Plan, step: int, folder: Path, fingerprint: str
         partial.mkdir(parents=True)
     dist.barrier()
     state = _model_state(trainee)
-    untouched = _begin_moments(trainee.optimizer)
+    plain = _begin_moments(trainee.optimizer)
     state["optimizer"] = _optimizer_state(trainee, state, is_loading=False)
-    if untouched:
+    if plain:
         _keep_step_zero(state["optimizer"])
     state["random"] = _random_state()
     dist_checkpointing.save(state, str(partial))
