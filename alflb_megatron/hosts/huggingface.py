@@ -27,10 +27,19 @@ NAME = "model.layers.{index}.mlp.gate.e_score_correction_bias"
 LOGIT_NAME = "decoder.layers.{index}.mlp.router.expert_bias"
 INDEX = "model.safetensors.index.json"
 ONE_FILE = "model.safetensors"
-_NAME = re.compile(r"(?:.+\.)?layers\.(\d{1,6})\.(?:.+\.)?(?:e_score_correction_bias|(?:gate|router)\.expert_bias)")
+_NAME = re.compile(r"(?:.+\.)?layers\.([0-9]{1,6})\.(?:.+\.)?(?:e_score_correction_bias|(?:gate|router)\.expert_bias)")
+_LONGEST = 400
+"""Characters of a name; a longer one is no bias, and would keep the pattern busy."""
+_FUNCTIONS = ("sigmoid", "softmax", "sqrtsoftplus")
 _PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 _DTYPES = ("F32", "BF16", "F16")
 _ADVICE = "are never unpickled here; load the model in transformers and save_pretrained(DIR, safe_serialization=True)"
+
+
+def _layer(name: str) -> int | None:
+    """Megatron-Core's layer of a tensor that is a bias by its name, None of others."""
+    match = _NAME.fullmatch(name) if len(name) <= _LONGEST else None
+    return int(match[1]) + 1 if match else None
 
 
 # -- reading -----------------------------------------------------------------------------------------------------------
@@ -46,10 +55,13 @@ def read(source: str | os.PathLike[str], flag: str = "source") -> Biases:
         SettingError: naming `flag`, `source` and what is wrong with it.
     """
     path = Path(source)
-    if path.is_dir():
-        return _read_folder(path, flag)
-    if not path.exists():
-        raise SettingError(flag, source, "there is no such file or folder")
+    try:
+        if path.is_dir():
+            return _read_folder(path, flag)
+        if not path.exists():
+            raise SettingError(flag, source, "there is no such file or folder")
+    except OSError as error:
+        raise SettingError(flag, source, f"cannot be read ({error.strerror})") from None
     if path.suffix.lower() in _PICKLED:
         raise SettingError(flag, source, f"pickled weights ({path.suffix}) {_ADVICE}")
     rows, about = _rows_of(path, flag)
@@ -74,8 +86,7 @@ def _read_folder(folder: Path, flag: str) -> Biases:
         value = text.get(key)
         return value if isinstance(value, int) and not isinstance(value, bool) and value > 0 else None
 
-    function = text.get("scoring_func")
-    function = function if isinstance(function, str) and function else None
+    function = text.get("scoring_func") if text.get("scoring_func") in _FUNCTIONS else None
     groups = number("n_group")
     limited = groups is not None and groups > 1 and (number("topk_group") or groups) < groups
     return Biases(
@@ -88,7 +99,7 @@ def _files(folder: Path, flag: str) -> dict[Path, list[str] | None]:
     if (folder / INDEX).is_file():
         files: dict[Path, list[str] | None] = {}
         for name, shard in _weight_map(folder, flag).items():
-            if _NAME.fullmatch(name):
+            if _layer(name):
                 names = files.setdefault(folder / shard, [])
                 assert names is not None
                 names.append(name)
@@ -106,7 +117,7 @@ def _weight_map(folder: Path, flag: str) -> dict[str, str]:
     if not isinstance(found, dict) or not texts:
         raise SettingError(flag, folder / INDEX, "must hold a weight_map of names to files")
     for shard in set(found.values()):
-        if shard != Path(shard).name or not shard.endswith(".safetensors"):
+        if shard != Path(shard).name or not shard.endswith(".safetensors") or "\0" in shard:
             raise SettingError(flag, folder / INDEX, f"names {shard!r}, which is no .safetensors file beside it")
     return found
 
@@ -124,9 +135,13 @@ def _json(path: Path, flag: str) -> dict[str, Any]:
 @contextmanager
 def _reading(path: Path, flag: str) -> Iterator[Any]:
     try:
+        if path.exists() and not path.is_file():
+            raise SettingError(flag, path, "must be a file")  # a pipe would be waited for
         with safe_open(path, framework="pt") as file:
             yield file
-    except (SafetensorError, OSError) as error:
+    except (SafetensorError, OSError, ValueError) as error:
+        if isinstance(error, SettingError):
+            raise
         reason = " ".join(str(error).split())
         raise SettingError(flag, path, f"cannot be read, truncated or no safetensors file ({reason})") from None
 
@@ -138,8 +153,8 @@ def _rows_of(path: Path, flag: str, names: Sequence[str] | None = None) -> tuple
         about = dict(file.metadata() or {})
         held = list(file.keys())
         for name in names if names is not None else held:
-            match = _NAME.fullmatch(name)
-            if match is None:
+            layer = _layer(name)
+            if layer is None:
                 continue
             if name not in held:
                 raise SettingError(flag, path, f"has no {name}, which the index says it has")
@@ -147,7 +162,6 @@ def _rows_of(path: Path, flag: str, names: Sequence[str] | None = None) -> tuple
             if part.get_dtype() not in _DTYPES or len(part.get_shape()) != 1:
                 text = f"{name} must be float [experts], not {part.get_dtype()} {part.get_shape()}"
                 raise SettingError(flag, path, text)
-            layer = int(match[1]) + 1
             if layer in rows:
                 raise SettingError(flag, path, f"layer {layer} has more than one bias")
             rows[layer] = file.get_tensor(name).float()
@@ -161,6 +175,8 @@ def _described(path: Path, about: Mapping[str, str], flag: str) -> dict[str, Any
     unit, function = about.get("score_unit", "score"), about.get("score_function")
     if unit not in ("score", "logit"):
         raise SettingError(flag, path, f"has biases in units of {unit!r}; they must be score or logit")
+    if function is not None and function not in _FUNCTIONS:
+        raise SettingError(flag, path, f"has biases of a gate {function!r}; it must be {', '.join(_FUNCTIONS)}")
     numbers = {}
     for name in ("num_layers", "num_groups"):
         text = about.get(name)
@@ -223,8 +239,8 @@ def put(biases: Biases, folder: str | os.PathLike[str], flag: str = "folder") ->
                 about = dict(shard.metadata() or {}) or None
                 tensors = {name: shard.get_tensor(name) for name in shard.keys()}  # noqa: SIM118 (not a mapping)
             for name in names if names is not None else list(tensors):
-                match = _NAME.fullmatch(name)
-                if match and (layer := int(match[1]) + 1) in biases.rows:
+                layer = _layer(name)
+                if layer is not None and layer in biases.rows:
                     grown += biases.rows[layer].nbytes - tensors[name].nbytes
                     tensors[name] = biases.rows[layer].contiguous()
             parts[file] = _part(file, tensors, about, flag)

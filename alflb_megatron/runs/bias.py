@@ -59,8 +59,8 @@ def _of_run(folder: Path, flag: str, step: int | None) -> Biases:
         raise SettingError(flag, name, f"layers and bias cannot be read ({error})") from None
     shape, alf = _settings(folder, flag)
     groups = shape.num_groups if shape.group_topk and shape.group_topk < (shape.num_groups or 0) else None
-    unit = alf.get("score_unit", "score")
-    return Biases(rows, shape.num_layers, str(unit), shape.gate, groups, name).require_sound(flag)
+    unit = "logit" if alf.get("score_unit") == "logit" else "score"
+    return Biases(rows, shape.num_layers, unit, shape.gate, groups, name).require_sound(flag)
 
 
 def _whole(value: Any) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import inspect
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -286,6 +287,8 @@ DAMAGE: dict[str, tuple[Any, str]] = {
     "index_empty": (lambda f: (f / huggingface.INDEX).write_text("{}"), "must hold a weight_map"),
     "index_numbers": (lambda f: _index(f, {BIAS: 1}), "must hold a weight_map"),
     "index_outside": (lambda f: _index(f, {BIAS: "../x.safetensors"}), "no .safetensors file beside it"),
+    "index_nul": (lambda f: _index(f, {BIAS: "\0.safetensors"}), "no .safetensors file beside it"),
+    "index_surrogate": (lambda f: _index(f, {BIAS: "\ud800.safetensors"}), "cannot be read, truncated"),
     "index_pickle": (lambda f: _index(f, {BIAS: "x.bin"}), "no .safetensors file beside it"),
     "index_absent_file": (lambda f: _index(f, {BIAS: "x.safetensors"}), "cannot be read, truncated or no safetensors"),
     "index_absent_name": (lambda f: _index(f, {BIAS.replace("1", "9"): SHARD}), "which the index says it has"),
@@ -296,6 +299,7 @@ DAMAGE: dict[str, tuple[Any, str]] = {
     "float64": (lambda f: save_file({BIAS: torch.zeros(8).double()}, f / SHARD), "must be float .experts., not F64"),
     "two_dimensions": (lambda f: save_file({BIAS: torch.zeros(1, 8)}, f / SHARD), "must be float .experts., not F32"),
     "empty": (lambda f: save_file({BIAS: torch.zeros(0)}, f / SHARD), "must be float32 .experts."),
+    "shard_pipe": (lambda f: ((f / SHARD).unlink(), os.mkfifo(f / SHARD)), "must be a file"),
     "config_no_json": (lambda f: (f / "config.json").write_bytes(b"\xff"), "cannot be read as JSON"),
 }
 
@@ -332,9 +336,35 @@ def test_pickles_are_never_opened(tmp_path: Path, name: str) -> None:
     assert (tmp_path / "sprung").exists(), "the trap works"
 
 
+@pytest.mark.parametrize(
+    ("about", "said"),
+    [
+        ({"score_unit": "x\ny"}, "in units of 'x"),
+        ({"score_function": "x\ny"}, "of a gate 'x"),
+        ({"num_layers": "-1"}, "num_layers is '-1'"),
+        ({"num_groups": "many"}, "num_groups is 'many'"),
+    ],
+)
+def test_metadata_that_cannot_be_is_refused(tmp_path: Path, about: dict[str, str], said: str) -> None:
+    save_file({BIAS: torch.zeros(8)}, tmp_path / "b.safetensors", {"alflb": "1", **about})
+    with pytest.raises(SettingError, match=said) as error:
+        huggingface.read(tmp_path / "b.safetensors")
+    assert "\n" not in str(error.value)
+
+
+def test_names_that_are_long_keep_nobody_waiting(tmp_path: Path) -> None:
+    names = ["layers.1." * 20_000, "layers.1." * 20_000 + "e_score_correction_bias"]
+    save_file({BIAS: torch.ones(8), **{name: torch.zeros(8) for name in names}}, tmp_path / "b.safetensors")
+    assert list(huggingface.read(tmp_path / "b.safetensors").rows) == [2]
+
+
 def test_other_sources_are_refused(tmp_path: Path) -> None:
     (tmp_path / "folder").mkdir()
-    for source, said in ((tmp_path / "folder", "must hold model.safetensors"), (tmp_path / "x", "no such file")):
+    for source, said in (
+        (tmp_path / "folder", "must hold model.safetensors"),
+        (tmp_path / "x", "no such file"),
+        (tmp_path / ("x" * 300), "cannot be read"),
+    ):
         with pytest.raises(SettingError, match=said):
             huggingface.read(source)
     for path, said in ((tmp_path / "x.bin", "must end in"), (tmp_path / "no" / "x.safetensors", "cannot be written")):
