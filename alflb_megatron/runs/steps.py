@@ -6,7 +6,6 @@ What is missing, null or of another kind than it should be is left open (nan, or
 from __future__ import annotations
 
 import functools
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from alflb_megatron.metrics import sampling_floor
+from alflb_megatron.runs.record import read_json
 
 Array = NDArray[np.float64]
 nan = math.nan
@@ -174,12 +174,10 @@ def mapping(value: Any) -> dict[str, Any]:
 def read_object(path: Path) -> dict[str, Any]:
     """The JSON object in a file, {} where there is none; ValueError where it is something else."""
     try:
-        text = path.read_text(encoding="utf-8", errors="replace")
+        value = read_json(path)
     except (FileNotFoundError, NotADirectoryError):
         return {}
-    try:
-        value = json.loads(text)
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise ValueError(f"{path}: not JSON ({clean(error, 200)})") from None
     if not isinstance(value, dict):
         raise ValueError(f"{path}: not a JSON object")

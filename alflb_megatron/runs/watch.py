@@ -7,6 +7,7 @@ anew; of a long file only the end is read at first.
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import math
 import os
@@ -183,6 +184,8 @@ def watch(run: str | os.PathLike[str], once: bool = False, every: float = 2.0, c
     if not (math.isfinite(every) and every >= 0.1):
         raise SettingError("--every", every, "must be at least 0.1 seconds")
     console = console or Console(highlight=False, markup=False, emoji=False)
+    if isinstance(console.file, io.TextIOWrapper):
+        console.file.reconfigure(errors="replace")  # a name or an ellipsis that the terminal's encoding lacks
     watched = Watched(Path(run))
     with watched.tail:
         if once:

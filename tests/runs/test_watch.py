@@ -47,7 +47,7 @@ def numbers(steps) -> list[int]:
 
 
 def shown(watched: Watched, width: int = 100, height: int = 40, whole: bool = False, encoding: str = "utf-8") -> str:
-    buffer = io.TextIOWrapper(io.BytesIO(), encoding=encoding, newline="\n")
+    buffer = io.TextIOWrapper(io.BytesIO(), encoding=encoding, errors="replace", newline="\n")
     console = Console(file=buffer, width=width, height=height, highlight=False, markup=False)
     console.print(frame(watched, console, whole))
     buffer.flush()
@@ -185,7 +185,7 @@ def test_characters_for_values():
     assert sparkline(np.array([np.nan, 0.0]), 8, BLOCKS)[0] == ""
     layer = Layer(1, np.array([0.0, 1.0, 3.0, 0.0]), np.array([]), float("nan"))
     assert loads_text(layer, 8, PLAIN).plain == "x+@x"
-    assert loads_text(layer, 3, PLAIN).plain == "@+x", "largest first where there is no room for all"
+    assert loads_text(layer, 2, PLAIN).plain == "@x", "largest first where there is no room for all"
 
 
 # -- the command ----------------------------------------------------------------------------------------------------
@@ -195,6 +195,14 @@ def test_once_prints_a_frame_and_ends(run, capsys):
     assert main(["watch", str(run), "--once"]) == 0
     out = capsys.readouterr().out
     assert "step 8 / 8" in out and "\x1b" not in out
+
+
+def test_an_output_that_knows_ascii_alone_gets_what_it_can_show(run, tmp_path):
+    there = shutil.copytree(run, tmp_path / "\u7a7a")
+    command = [sys.executable, "-m", "alflb_megatron.cli", "watch", str(there), "--once"]
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0"}
+    done = subprocess.run(command, env=environment, capture_output=True, check=True, timeout=300)
+    assert b"step 8 / 8" in done.stdout and done.stdout.isascii()
 
 
 def test_what_cannot_work_is_one_line(run, tmp_path, capsys):
