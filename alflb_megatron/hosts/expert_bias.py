@@ -100,7 +100,13 @@ def _routers(model: Sequence[nn.Module]) -> Iterator[tuple[int, Any]]:
     for chunk in model:
         for name, module in chunk.named_modules():
             if isinstance(module, TopKRouter):
-                yield _layer_of(name, module), module
+                yield _number(name, module), module
+
+
+def _number(name: str, router: Any) -> int:
+    """The router's layer, from 1. Up to 0.16 Megatron-Core has MTP layers follow the decoder's by itself."""
+    number = router.layer_number or 0
+    return number if number > router.config.num_layers else _layer_of(name, router)
 
 
 def _is_biased(router: Any) -> bool:
