@@ -195,7 +195,7 @@ def resolve(job: Mapping[str, Any], shape: Mapping[str, Any], alf: Mapping[str, 
         SettingError: one setting, its value and what is allowed.
     """
     preset = job.get("preset", "tiny")
-    if preset not in PRESETS:
+    if not isinstance(preset, str) or preset not in PRESETS:
         raise SettingError("--preset", preset, f"must be one of {', '.join(PRESETS)}")
     settings = from_mapping(Job, {**SCHEDULES[preset], **job})
     check(settings)

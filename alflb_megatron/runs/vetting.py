@@ -176,5 +176,5 @@ def _archive(data: bytes, empty: bool) -> None:
         look(bytes(reader.get_record("data.pkl")), OBJECT)
         if empty and any(record.startswith("data/") and len(reader.get_record(record)) for record in records):
             raise Refused("values in a state that is unpickled once more when it is loaded")
-    except (RuntimeError, zipfile.BadZipFile, NotImplementedError, EOFError, MemoryError):
+    except (RuntimeError, zipfile.BadZipFile, NotImplementedError, EOFError, MemoryError, UnicodeDecodeError):
         raise Refused("a damaged archive") from None

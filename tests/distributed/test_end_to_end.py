@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import pickle
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+from torch.distributed.checkpoint.metadata import Metadata
 
 from alflb_megatron.runs import record
 from alflb_megatron.runs.job import resolve
@@ -74,6 +76,9 @@ def _checkpoint(folder: Path, name: str) -> None:
     (folder / name).mkdir(parents=True)
     job = {"step": int(name[5:13]), "layout": {}, "fingerprint": ""}
     (folder / name / "job.json").write_text(json.dumps(job), encoding="utf-8")
+    # The smallest that passes for one of Megatron-Core's.
+    (folder / name / "metadata.json").write_text('{"sharded_backend": "torch_dist"}', encoding="utf-8")
+    (folder / name / ".metadata").write_bytes(pickle.dumps(Metadata({}, storage_data={})))
 
 
 def _find(folder: Path) -> list[Any]:

@@ -102,7 +102,7 @@ def judge(name: str, case: int, seeds: Path, folder: Path) -> tuple[str, str]:
 
 
 def main(words: list[str]) -> None:
-    seeds = Path(words[0])
+    seeds = Path(words[0]).absolute()
     trainee.there()
     sys.addaudithook(_watch)
     used = int(Path("/proc/self/statm").read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE")
@@ -115,10 +115,12 @@ def main(words: list[str]) -> None:
             for case in range(int(first), int(end)):
                 folder = work / "case"
                 folder.mkdir()
+                os.chdir(folder)  # where a name without a folder is written
                 began = time.perf_counter()
                 outcome, text = judge(name, case, seeds, folder)
                 line = {"kind": name, "case": case, "outcome": outcome, "text": text[:500]}
                 print(json.dumps(line | {"seconds": round(time.perf_counter() - began, 3)}), flush=True)
+                os.chdir(work)
                 shutil.rmtree(folder)
     finally:
         shutil.rmtree(work, ignore_errors=True)
