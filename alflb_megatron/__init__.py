@@ -27,6 +27,7 @@ _HOMES = {
     "disable": "alflb_megatron.hosts.core",
     "with_alflb": "alflb_megatron.hosts.core",
     "install": "alflb_megatron.hosts.core",
+    "warm_start": "alflb_megatron.calibration",
     "ALFRouter": "alflb_megatron.router",
     "ALFConfig": "alflb_megatron.config",
     "Rule": "alflb_megatron.rules",
@@ -34,9 +35,21 @@ _HOMES = {
     "SettingError": "alflb_megatron.settings",
 }
 
-__all__ = ["ALFConfig", "ALFRouter", "Rule", "SettingError", "disable", "enable", "install", "register", "with_alflb"]
+__all__ = [
+    "ALFConfig",
+    "ALFRouter",
+    "Rule",
+    "SettingError",
+    "disable",
+    "enable",
+    "install",
+    "register",
+    "warm_start",
+    "with_alflb",
+]
 
 if TYPE_CHECKING:
+    from alflb_megatron.calibration import warm_start
     from alflb_megatron.config import ALFConfig
     from alflb_megatron.hosts.core import disable, enable, install, with_alflb
     from alflb_megatron.router import ALFRouter

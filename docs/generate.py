@@ -95,6 +95,18 @@ NeMo 2:
 """
 
 
+def watching() -> str:
+    """The page as it is, its table of keys from `hosts.log`."""
+    cpu.prepare()  # before Megatron-Core is imported
+    from alflb_megatron.hosts import log
+
+    rows = ["| key | | meaning |", "|---|---|---|"]
+    rows += [f"| `{k}` | {'line' if k in log.IN_THE_LINE else ''} | {text} |" for k, text in log.MEANINGS.items()]
+    text = (HERE / "watching.md").read_text(encoding="utf-8")
+    between = "<!-- keys -->\n" + "\n".join(rows) + "\n<!-- /keys -->"
+    return re.sub(r"<!-- keys -->.*<!-- /keys -->", lambda _: between, text, flags=re.S)
+
+
 def reliability() -> str:
     """The page as it is, its figures from docs/results/*.json."""
     text = (HERE / "reliability.md").read_text(encoding="utf-8")
@@ -145,11 +157,6 @@ def reliability_figures(results: Path) -> str:
             f"whole; {faults['seconds'] / 60:.0f} minutes; torch {faults['versions']['torch']}, megatron-core "
             f"{faults['versions']['megatron-core']}."
         )
-        if back := faults["runs_set_back_by_hand"]:
-            lines.append(
-                f"\n{back} times a run was killed between its last checkpoint and its summary; it had to be set back "
-                "one checkpoint by hand to be validated."
-            )
     return "\n".join(lines)
 
 
@@ -162,7 +169,12 @@ def _counts(counts: dict[str, int], mark: str = "") -> str:
     return " | ".join(f"{mark}{counts[key]:,}{mark}" for key in ("tried", "survived", "lost"))
 
 
-PAGES = {"settings.md": settings, "without-cuda.md": without_cuda, "reliability.md": reliability}
+PAGES = {
+    "settings.md": settings,
+    "without-cuda.md": without_cuda,
+    "reliability.md": reliability,
+    "watching.md": watching,
+}
 
 
 if __name__ == "__main__":

@@ -136,17 +136,21 @@ def balancer_of(model: Sequence[nn.Module], group: dist.ProcessGroup | None = No
     if balancer is None:
         named = [item for chunk in model for item in chunk.named_modules() if hasattr(item[1], "load_window")]
         seats: list[Any] = [module for _, module in named]
-        layers = [_layer_of(name, module) for name, module in named]
+        layers = [layer_of(name, module) for name, module in named]
         if group is None and seats:
             group = seats[0].tp_dp_cp_group
         balancer = _BALANCERS[model[0]] = Balancer(seats, layers, group)
     return balancer
 
 
-def _layer_of(name: str, router: Any) -> int:
-    """A router's layer, from 1. Megatron-Core numbers MTP layers from 1 again; here they follow the decoder's."""
-    after = router.config.num_layers if ".mtp." in f".{name}" else 0
-    return after + (router.layer_number or 0)
+def layer_of(name: str, router: Any) -> int:
+    """A router's layer, from 1, MTP layers after the decoder's; `name` is its path in the model.
+
+    From 0.17 on Megatron-Core numbers MTP layers from 1 again, up to 0.16 it has them follow by itself.
+    """
+    number = router.layer_number or 0
+    again = ".mtp." in f".{name}" and number <= router.config.num_layers
+    return number + router.config.num_layers * again
 
 
 def update_hook(

@@ -22,7 +22,7 @@ from megatron.core.transformer.moe.router import TopKRouter
 from torch import Tensor, nn
 
 from alflb_megatron.biases import Biases, of_qb_beta
-from alflb_megatron.hosts.core import _layer_of
+from alflb_megatron.hosts.core import layer_of
 from alflb_megatron.hosts.huggingface import read
 from alflb_megatron.router import ALFRouter
 from alflb_megatron.settings import SettingError
@@ -100,13 +100,7 @@ def _routers(model: Sequence[nn.Module]) -> Iterator[tuple[int, Any]]:
     for chunk in model:
         for name, module in chunk.named_modules():
             if isinstance(module, TopKRouter):
-                yield _number(name, module), module
-
-
-def _number(name: str, router: Any) -> int:
-    """The router's layer, from 1. Up to 0.16 Megatron-Core has MTP layers follow the decoder's by itself."""
-    number = router.layer_number or 0
-    return number if number > router.config.num_layers else _layer_of(name, router)
+                yield layer_of(name, module), module
 
 
 def _is_biased(router: Any) -> bool:

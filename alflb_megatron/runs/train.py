@@ -86,7 +86,9 @@ class _Session:
         self.resumed = checkpoint.find(self.folder, "--resume") if job.resume else None
         self.loaded = checkpoint.find(job.load, "--load") if job.load else None
         self.start = self.resumed.step if self.resumed else 0
-        if self.start >= job.steps:
+        # Killed between its last checkpoint and its summary, a run still has to be validated.
+        unfinished = self.start == job.steps and not (self.folder / "summary.json").exists()
+        if self.start >= job.steps and not unfinished:
             raise SettingError("--steps", job.steps, f"must be above {self.start}, where the run stands")
         self.training, self.validation = open_data(
             job.data,
@@ -127,7 +129,7 @@ class _Session:
 
     def _warm_start(self, progress: Any) -> None:
         """Calibrates the biases on the first global batches; says what came of it."""
-        from alflb_megatron.warm_start import warm_start
+        from alflb_megatron.calibration import warm_start
 
         batches = self.job.warm_start
 
@@ -161,7 +163,7 @@ class _Session:
     # -- training ---------------------------------------------------------------------------------------------------
 
     def _train(self, progress: Any) -> Path | None:
-        saved: Path | None = None
+        saved = self.resumed.path if self.resumed is not None and self.start == self.job.steps else None
         recorder = self._recorder() if self.job.record_scores else None
         certifier = self._certifier() if self.job.certify else None
         for step in range(self.start + 1, self.job.steps + 1):

@@ -151,3 +151,16 @@ def test_checkpoints_pass_between_megatron_cores_bias_and_ours(tmp_path: Path) -
     for found in ranks.run(2, _exchange, tmp_path):
         assert found.pop("n") == [0, 0, 0], "rule state that the checkpoint lacks starts afresh"
         assert all(found.values()), found
+
+
+def test_a_run_killed_after_its_last_checkpoint_is_still_validated(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    _run(*_words(folder, "--nproc", "1", "--ep", "1"))
+    summary, records = json.loads((folder / "summary.json").read_text()), _metrics(folder)
+    (folder / "summary.json").unlink()
+    _run(*_words(folder, "--nproc", "1", "--ep", "1", "--resume"))
+    assert json.loads((folder / "summary.json").read_text()) == summary
+    assert _metrics(folder) == records
+    again = subprocess.run(_command(*_words(folder, "--resume")), capture_output=True, text=True, timeout=300)
+    assert again.returncode == 2
+    assert f"--steps={STEPS}: must be above {STEPS}, where the run stands" in again.stderr

@@ -69,7 +69,6 @@ class Chain:
     steps: int
     faults: list[Fault] = field(default_factory=list)
     half_written: int = 0
-    set_back: int = 0
     problems: list[str] = field(default_factory=list)
 
     @property
@@ -125,10 +124,6 @@ def kill_until_done(chain: Chain, kills: int, reference: Path, seconds: float, d
         if ended.struck and fault is not None:
             chain.faults.append(fault)
             chain.problems += after_a_kill(chain, fault, ended.step, start)
-        elif ended.refused and start == chain.steps:
-            # Killed between the last checkpoint and the summary: what is left to do is to go back one checkpoint.
-            shutil.rmtree(chain.run / "checkpoints" / f"step_{start:08d}")
-            chain.set_back += 1
         elif not ended.done:
             chain.problems.append(f"not restarted after a kill: {ended.statuses}, {ranks.output(chain.folder)}")
         if fault is not None and not ended.struck:
@@ -259,7 +254,6 @@ def figures(chains: list[Chain], steps: int, seed: int, seconds: float) -> dict[
         "steps_a_run": steps,
         "runs": len(chains),
         "half_written_checkpoints_left": sum(chain.half_written for chain in chains),
-        "runs_set_back_by_hand": sum(chain.set_back for chain in chains),
         "by_moment": {m.text: count([pair for pair in pairs if pair[1].moment == name]) for name, m in MOMENTS.items()},
         "by_rank": {str(rank): count([pair for pair in pairs if pair[1].rank == rank]) for rank in (0, 1)},
         "by_variant": {v: count([pair for pair in pairs if pair[0].variant == v]) for v in variants},
