@@ -47,10 +47,6 @@ class Ended:
     def done(self) -> bool:
         return all(status == 0 for status in self.statuses)
 
-    @property
-    def refused(self) -> bool:
-        return REFUSED in self.statuses
-
 
 def prepare() -> None:
     """Imports what a rank needs, once, so that a fork has it. Raises RuntimeError if that left a second thread."""
