@@ -102,8 +102,12 @@ def draw(histories: Sequence[History], folder: Path) -> list[tuple[str, list[Pic
                 "How far apart the biases of a layer are: it grows as long as the router leans on the bias more.",
                 figures.spread(histories),
             ),
-            *made("gain", "Gain of the rule", "How far a bias moves for a relative violation of 1.",
-                  figures.gain(histories)),
+            *made(
+                "gain",
+                "Gain of the rule",
+                "Share of the way to balance that one update goes, as the rule has learnt it.",
+                figures.gain(histories),
+            ),
             *made(
                 "certificates",
                 "Certificates",

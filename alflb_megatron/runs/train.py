@@ -18,6 +18,7 @@ from alflb_megatron import metrics
 from alflb_megatron.hosts import cpu
 from alflb_megatron.runs.bias import starting
 from alflb_megatron.runs.job import Plan
+from alflb_megatron.runs.measured import layer_rows, of_layers
 from alflb_megatron.runs.progress import Progress
 from alflb_megatron.runs.record import RunFolder, summarise
 from alflb_megatron.runs.recorder import Recorder
@@ -295,35 +296,7 @@ class _Session:
     def _gathered(self, record: dict[str, Any]) -> dict[str, Any]:
         """Adds the loads and biases of all pipeline stages to a step's record."""
         last = self.trainee.balancer.last
-        local = (
-            [] if last is None else list(zip(last.layers, last.loads, last.bias, last.rejected, last.gain, strict=True))
-        )
-        rows: list[dict[str, Any]] = [
-            {
-                "layer": layer,
-                "loads": loads.tolist(),
-                "bias": None if bias is None else bias.tolist(),
-                "gain": float(gain),
-                "vio": float(metrics.max_vio(loads)),
-                "spread": 0.0 if bias is None else float(metrics.bias_spread(bias)),
-                "rejected": bool(rejected),
-            }
-            for layer, loads, bias, rejected, gain in local
-        ]
-        rows = sorted(self._over_stages(rows), key=lambda row: row["layer"])
-        record |= {
-            "maxvio_mean": math.fsum(row["vio"] for row in rows) / len(rows),
-            "maxvio_max": max(row["vio"] for row in rows),
-            "maxvio_floor": self.floor,
-            "bias_spread": max(row["spread"] for row in rows),
-            "rejected": [row["layer"] for row in rows if row["rejected"]],
-            "layers": [row["layer"] for row in rows],
-            "loads": [row["loads"] for row in rows],
-        }
-        if rows[0]["bias"] is not None:
-            record["bias"] = [row["bias"] for row in rows]
-        if not all(math.isnan(row["gain"]) for row in rows):
-            record["gain"] = [row["gain"] for row in rows]
+        record |= of_layers(self._over_stages(layer_rows(last)), self.floor)
         alarms = self._over_stages([] if last is None else list(last.alarms))
         return record | ({"alarms": alarms} if alarms else {})
 
