@@ -55,7 +55,8 @@ SPREAD = Kind(
 )
 REFUSED = Kind(
     "refused",
-    "{count} updates were refused since the last look: scores of some token were NaN or infinite on some rank",
+    "updates refused since the last such line: {count}. Scores of some token were NaN or infinite on some rank, or the "
+    "update itself was not finite",
     "the biases stayed as they were; look for the NaN in the layers before",
 )
 
@@ -74,13 +75,14 @@ class Alarms:
         self._starved: dict[int, Tensor] = {}  # number of experts -> updates in a row, int64 [layers of that width, E]
         self._widths: dict[int, list[int]] = {}
         self._vio_L = self._spread_L = self._refused_L = torch.zeros(0)
+        self._now = self._vio_L, self._spread_L
         self._given: dict[str, int] = {}
-        self._looked_at_refused = [0] * len(self.layers)
+        self._given_refused = [0] * len(self.layers)  # updates refused up to the last line about them
 
     def limit(self, kind: Kind, index: int) -> float:
-        """Above which value the layer at `index` is in alarm; infinite for never."""
+        """Above which value the layer at `index` is in alarm; infinite for never, and for what has no limit."""
         config = self.configs[index]
-        if config is None or not config.alarm_after:
+        if config is None or not config.alarm_after or kind not in (MAX_VIO, SPREAD):
             return float("inf")
         if kind is MAX_VIO:
             return config.alarm_max_vio
@@ -122,15 +124,23 @@ class Alarms:
         counts = torch.stack([starved_L, expert_L, self._vio_L, self._spread_L, self._refused_L]).tolist()
         values = torch.stack([value.double() for value in self._now]).tolist()
         starved, experts, vio, spread, refused = counts
-        newly = [now - before for now, before in zip(refused, self._looked_at_refused, strict=True)]
-        self._looked_at_refused = refused
+        newly = [now - before for now, before in zip(refused, self._given_refused, strict=True)]
         lines = [
             self._line(update, STARVED, starved, [{"expert": expert} for expert in experts]),
             self._line(update, MAX_VIO, vio, [{"value": value} for value in values[0]]),
             self._line(update, SPREAD, spread, [{"value": value} for value in values[1]]),
             self._line(update, REFUSED, newly, [{} for _ in newly], at_once=True),
         ]
+        if lines[-1]:
+            self._given_refused = refused
         return [line for line in lines if line]
+
+    def is_due(self, name: str, update: int) -> bool:
+        """Whether a line of this kind may be given now; if so, it counts as given."""
+        due = update - self._given.get(name, -AGAIN) >= AGAIN
+        if due:
+            self._given[name] = update
+        return due
 
     def _line(
         self, update: int, kind: Kind, counts: list[int], more: list[dict[str, float]], at_once: bool = False
@@ -140,10 +150,9 @@ class Alarms:
             for index, (count, config) in enumerate(zip(counts, self.configs, strict=True))
             if config is not None and config.alarm_after and count >= (1 if at_once else config.alarm_after)
         ]
-        if not wrong or update - self._given.get(kind.name, -AGAIN) < AGAIN:
+        if not wrong or not self.is_due(kind.name, update):
             return ""
-        self._given[kind.name] = update
         worst = max(wrong, key=lambda index: counts[index])
         said = kind.text.format(count=counts[worst], limit=self.limit(kind, worst), **more[worst])
-        others = f" (and {len(wrong) - 1} more layers)" if len(wrong) > 1 else ""
+        others = f" (and {len(wrong) - 1} more)" if len(wrong) > 1 else ""
         return f"layer {self.layers[worst]}{others}: {said}. {kind.advice[0].upper()}{kind.advice[1:]}."

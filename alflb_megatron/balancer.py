@@ -89,6 +89,7 @@ class Balancer:
         self._sum: LoadSum | None = None
         self._digests: list[Tensor] = []
         self._alarms: Alarms | None = None
+        self._indices: dict[tuple[int, ...], Tensor] = {}
 
     @torch.no_grad()
     def launch(self) -> None:
@@ -104,18 +105,18 @@ class Balancer:
 
         Raises:
             DisagreementError: ranks hold different biases or rule state and a layer's settings say to stop on that.
-                Every rank raises it.
+                Every rank of the group raises it; other pipeline stages are ended by the launcher.
         """
         if self._sum is None:
             return None
         seen, sent_from_here = self._sum.wait(), self._sum.sent
         riding, self._sum = self._sum.passenger, None
-        alarms = self._check(riding) if self._digests else []
+        disagreement = self._check(riding) if self._digests else ""
         device = seen[0].unsound.device
         outcome = _Outcome.of_nothing(len(seen), device)
         for config, seats in self._alike():
             rows = _update(config, [self.seats[i] for i in seats], [seen[i] for i in seats])
-            outcome.put(torch.tensor(seats, device=device), rows)
+            outcome.put(self._index(tuple(seats), device), rows)
         for seat, sent in zip(self.seats, sent_from_here, strict=True):
             seat.load_window.take(sent)
         self.updates += 1
@@ -126,7 +127,7 @@ class Balancer:
             bias=tuple(None if seat.expert_bias is None else seat.expert_bias.clone() for seat in self.seats),
             **vars(outcome),
         )
-        self._watch(alarms)
+        self._raise_alarms(disagreement)
         self._log()
         return self.last
 
@@ -148,6 +149,12 @@ class Balancer:
                 stacks[seat.alf, seat.load_window.counts_E.numel()].append(index)
         return [(config, indices) for (config, _), indices in stacks.items()]
 
+    def _index(self, seats: tuple[int, ...], device: torch.device) -> Tensor:
+        """Indices of seats on the device, made once: a copy to it waits for it."""
+        if seats not in self._indices:
+            self._indices[seats] = torch.tensor(seats, device=device)
+        return self._indices[seats]
+
     # -- what may be wrong -------------------------------------------------------------------------------------------
 
     def _ours(self) -> list[Seat]:
@@ -159,11 +166,11 @@ class Balancer:
         alone = not dist.is_initialized() or dist.get_world_size(self.group) == 1
         return every > 0 and not alone and self.updates % every == 0
 
-    def _check(self, riding: Tensor) -> list[str]:
-        """Finds ranks that differ and makes them equal, or raises; what is to be said of it."""
+    def _check(self, riding: Tensor) -> str:
+        """Finds ranks that differ and makes them equal, or raises; what is to be said of it, "" where all agree."""
         digests, self._digests = self._digests, []
         if agreement.agreed(riding, dist.get_world_size(self.group)):
-            return []
+            return ""
         self.disagreements += 1
         found = agreement.locate(digests, self.group)
         ours = self._ours()
@@ -176,23 +183,27 @@ class Balancer:
             )
         for index, source in found.source.items():
             agreement.share(_held(ours[index]), source, self.group)
-        return [f"{text}: they have taken over what most hold. Look at what they loaded, and at their memory."]
+        return f"{text}: they have taken over what most hold. Look at what they loaded, and at their memory."
 
-    def _watch(self, alarms: list[str]) -> None:
+    def _raise_alarms(self, disagreement: str) -> None:
         """Counts what may be wrong and gives the lines that are due."""
         assert self.last is not None
         if self._alarms is None:
             bounded = [getattr(seat, "score_function", "") in ("sigmoid", "softmax") for seat in self.seats]
             self._alarms = Alarms(self.layers, [seat.alf for seat in self.seats], bounded)
+        alarms: list[str] = []
         if any(config is not None and config.alarm_after for config in self._alarms.configs):
             last = self.last
             self._alarms.count(last.loads, last.max_vio(), last.spread(), last.rejected)
-            alarms = alarms + self._alarms.look(self.updates)
+            alarms = self._alarms.look(self.updates)
+        if disagreement and self._alarms.is_due("disagreement", self.updates):
+            alarms.append(disagreement)
         if alarms:
             self.last = replace(self.last, alarms=tuple(alarms))
             if self._speaks():
                 for line in alarms:
-                    logger.warning("update %d: %s", self.updates, line)
+                    level = logging.ERROR if line is disagreement else logging.WARNING
+                    logger.log(level, "update %d: %s", self.updates, line)
 
     def _speaks(self) -> bool:
         """Whether this rank is the one of its group that logs."""

@@ -23,7 +23,7 @@ from alflb_megatron.routing import select
 from alflb_megatron.rules import State
 
 TOKENS = 8192
-"""Tokens a rank and layer that are kept."""
+"""Tokens a rank and layer that are kept while it lasts: 8 MB a layer for 256 experts in float32."""
 
 UPDATES = 30
 """Updates on them."""
@@ -57,9 +57,10 @@ class _Kept:
 
     def tap(self, logits_TE: Tensor) -> None:
         """Keeps the first tokens that come."""
-        part = logits_TE[: max(0, TOKENS - self.held)].clone()
-        self.held += part.shape[0]
-        self.logits.append(part)
+        if self.held < TOKENS:
+            part = logits_TE[: TOKENS - self.held].clone()
+            self.held += part.shape[0]
+            self.logits.append(part)
 
     def route(self) -> None:
         """Routes the kept tokens with the bias as it is."""

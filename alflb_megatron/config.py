@@ -39,7 +39,10 @@ class ALFConfig:
     centring: bool = knob(True, "keep the biases of a layer at mean zero; the choice of experts does not change")
     frozen: bool = knob(False, "watch only: loads are counted and reported, the bias stays as it is")
     stop_after: int = knob(
-        0, "updates after which the bias stands still, as at the end of DeepSeek-V3's training; 0 for never", minimum=0
+        0,
+        "updates of this rule (its n) after which the bias stands still, as at the end of DeepSeek-V3's training; "
+        "0 for never",
+        minimum=0,
     )
     fade: int = knob(0, "how many of the last updates before --alflb-stop-after shrink linearly to nothing", minimum=0)
     check_every: int = knob(

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import re
 import warnings
 import zlib
 from collections.abc import Callable
@@ -259,8 +260,16 @@ class ALFRouter(TopKRouter):
                 f"the checkpoint was written by rule {_name_of(int(written_by))}: rule {self.alf.rule} goes on from "
                 f"its biases; n and rule state ({', '.join(first) or 'it has none'}) begin afresh"
             )
-        elif prefix + "expert_bias" in state_dict and (absent := [n for n in first if prefix + n not in state_dict]):
+        elif prefix + "expert_bias" not in state_dict and prefix + "weight" in state_dict:
+            _say(
+                "the checkpoint holds no expert bias: biases begin at zero. alflb_megatron.warm_start (alflb train "
+                "--warm-start) gives them a better start, load_bias takes them from elsewhere"
+            )
+        elif absent := [n for n in first if prefix + n not in state_dict and prefix + "expert_bias" in state_dict]:
             _say(f"the checkpoint holds biases but no {', '.join(absent)} of rule {self.alf.rule}: these begin afresh")
+        for name in [n for n in state_dict if n.startswith(prefix + STATE_PREFIX)]:
+            if name.removeprefix(prefix) not in self._own_state():
+                del state_dict[name]  # another rule's, which a strict load would stop at
         for name in self._own_state():
             state_dict.setdefault(prefix + name, getattr(self, name))
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
@@ -290,6 +299,13 @@ def check_gate(config: TransformerConfig, alf: ALFConfig) -> None:
             "--moe-router-load-balancing-type",
             config.moe_router_load_balancing_type,
             "chooses experts by itself; with ALF-LB use none, aux_loss, seq_aux_loss or global_aux_loss",
+        )
+    graphs = f"{getattr(config, 'cuda_graph_impl', '')} {getattr(config, 'cuda_graph_scope', '')}"
+    if re.search(r"full_iteration\b(?!_inference)", graphs):
+        raise SettingError(
+            "--cuda-graph-impl",
+            "full_iteration",
+            "replays a whole step without Python, in which the bias is updated; use graphs of layers",
         )
     if config.moe_router_topk > config.num_moe_experts:
         raise SettingError(

@@ -35,7 +35,7 @@ def test_each_kind_has_its_line() -> None:
     (spread,) = _watched(30, spread=1.5).look(30)
     assert "further apart than 1 for 30 updates in a row, and are by 1.50" in spread
     (refused,) = _watched(1, refused=True).look(10)
-    assert "1 updates were refused" in refused
+    assert refused.startswith("layer 3: updates refused since the last such line: 1. ")
 
 
 def test_a_batch_in_which_all_is_well_begins_the_count_again() -> None:
@@ -59,13 +59,23 @@ def test_a_kind_is_given_now_and_then_only() -> None:
     assert all(update % LOOK_EVERY == 0 for update, _ in given)
 
 
+def test_refusals_between_two_lines_are_not_lost() -> None:
+    alarms, lines = _watched(0), []
+    for update in range(1, 2 * AGAIN + 1):
+        _count(alarms, EVEN, refused=update == 11 or update > 500)
+        lines += [(update, line) for line in alarms.look(update)]
+    assert [update for update, _ in lines] == [20, 20 + AGAIN]
+    assert "such line: 1. " in lines[0][1]
+    assert f"such line: {20 + AGAIN - 500}. " in lines[1][1]
+
+
 def test_layers_are_counted_and_the_worst_is_named() -> None:
     alarms = Alarms([2, 3, 7], [ALFConfig(alarm_after=10)] * 3, [True] * 3)
     for update in range(20):
         loads = [EVEN if update < 5 else HUNGRY, HUNGRY, EVEN]
         alarms.count(loads, torch.zeros(3, dtype=torch.float64), torch.zeros(3), torch.zeros(3, dtype=torch.bool))
     (line,) = alarms.look(20)
-    assert line.startswith("layer 3 (and 1 more layers): expert 3")
+    assert line.startswith("layer 3 (and 1 more): expert 3")
 
 
 def test_biases_on_logits_have_no_limit_unless_one_is_set() -> None:

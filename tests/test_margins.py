@@ -186,3 +186,23 @@ def test_no_choice_is_left_to_make_where_every_expert_is_chosen() -> None:
     moves = margins.move_to_load(histogram[None], torch.tensor([[50.0]]))[0]
     assert moves.isfinite().all()
     assert int(histogram[:, :SIDE].sum()) == 0
+
+
+def test_the_density_at_a_tie_is_the_mean_eigenvalue_of_the_theory() -> None:
+    from scipy import stats
+
+    from alflb_megatron.theory.curvature import IndependentScores, laplacian
+
+    experts, topk, tokens = 8, 2, 200_000
+    spread = [0.8 + 0.05 * k for k in range(experts)]
+    scores = torch.randn(tokens, experts, generator=torch.Generator().manual_seed(0)) * torch.tensor(spread)
+    bias = torch.linspace(-0.2, 0.2, experts)
+    top = (scores + bias).topk(topk + 1, dim=1)
+    histogram = torch.zeros(experts, margins.BINS, dtype=torch.int32)
+    found = margins.of_top(scores + bias, top.values, top.indices[:, :topk], margins.Threshold.OWN)
+    margins.add(histogram, found)
+    loads = torch.bincount(top.indices[:, :topk].reshape(-1), minlength=experts)
+    density = float(margins.density_at_tie(histogram[None], loads[None], share=0.02))
+    hessian = laplacian(IndependentScores([stats.norm(0, s) for s in spread], topk).weights(bias))
+    eigenvalues = torch.linalg.eigvalsh(hessian)[1:]
+    assert density * experts / (experts - 1) == pytest.approx(float(eigenvalues.mean()), rel=0.05)

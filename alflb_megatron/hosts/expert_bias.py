@@ -135,9 +135,7 @@ def _moe_layers(config: Any) -> list[int]:
 
 def _start(router: Any, bias_E: Tensor) -> None:
     if isinstance(router, ALFRouter):
-        n, _ = router.read_state()
-        rows = router.alf.rule_knobs.init(layers=1, experts=router.num_experts)
-        router.write_state(bias_E, torch.zeros_like(n), {name: row[0] for name, row in rows.items()})
+        router.begin_with(bias_E)
         return
     router._maintain_float32_expert_bias()  # a cast of the whole model has rounded it, until its first forward pass
     router.expert_bias.copy_(bias_E)

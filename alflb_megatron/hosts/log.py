@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from alflb_megatron import metrics
+from alflb_megatron.balancer import Balancer
 from alflb_megatron.hosts.core import balancer_of
 
 IN_THE_LINE = ("MaxVio", "MaxVio worst layer", "load max", "load min", "expert bias spread")
@@ -38,14 +39,14 @@ MEANINGS = {
     "gain": "the rule's gain, mean over layers, where it has one (adaptive)",
     "curvature": "mean eigenvalue of the dual's Hessian per token, smallest over layers, where margins are measured; "
     "the modulus of strong convexity is at most that",
-    "updates refused": "so far, for scores that were NaN or infinite, sum over layers",
-    "disagreements": "checks so far that found ranks with different biases",
+    "updates refused": "since this start, for scores or a result that were not finite, sum over layers",
+    "disagreements": "checks since this start that found ranks with different biases",
 }
 """Every figure, at most 24 of them, and what it is. `gain` and `curvature` are left out where there is none."""
 
 _COLUMNS = (
     "vio", "floor", "most", "least", "variation", "evenness", "dead", "starved", "overload", "spread", "drift", "gain",
-    "curvature", "refused", "disagreements", "present",
+    "curvature", "refused", "disagreements", "detail", "present",
 )  # fmt: skip
 
 
@@ -86,13 +87,20 @@ def layer_table(model: Sequence[nn.Module], pipeline: dist.ProcessGroup | None =
             "curvature": last.curvature,
             "refused": torch.as_tensor(balancer.rejections).to(device).expand(len(rows)),
             "disagreements": torch.full((len(rows),), balancer.disagreements, device=device),
+            "detail": torch.full((len(rows),), float(_wants_detail(balancer)), device=device),
             "present": torch.ones(len(rows), device=device),
         }
-        index = torch.tensor(last.layers, device=device) - 1
-        table[index] = torch.stack([columns[name].double() for name in _COLUMNS], dim=1)
+        found = torch.stack([columns[name].double() for name in _COLUMNS], dim=1)
+        for layer, row in zip(last.layers, found, strict=True):
+            if 1 <= layer <= every:  # a host may number its layers in a way that is not known here: left out, not fatal
+                table[layer - 1] = row
     if spread_over_stages:
         dist.all_reduce(table, group=pipeline)
     return table
+
+
+def _wants_detail(balancer: Balancer) -> bool:
+    return any(seat.alf is not None and seat.alf.log_layers for seat in balancer.seats)
 
 
 def _config_of(model: Sequence[nn.Module]) -> Any:
@@ -142,7 +150,7 @@ def figures(model: Sequence[nn.Module], pipeline: dist.ProcessGroup | None = Non
         shown["gain"] = gain[gain.isfinite()].mean()
     if curvature.isfinite().any():
         shown["curvature"] = curvature[curvature.isfinite()].min()
-    if any(seat.alf is not None and seat.alf.log_layers for seat in balancer_of(model).seats):
+    if of["detail"].any():
         for row, layer in enumerate(layers):
             shown[f"MaxVio layer {layer + 1}"] = vio[row]
             shown[f"expert bias spread layer {layer + 1}"] = of["spread"][row]
