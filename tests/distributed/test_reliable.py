@@ -210,7 +210,7 @@ def test_a_strict_load_takes_another_rules_checkpoint_and_one_without_a_bias(tmp
     assert found["bias"] == torch.linspace(-1, 1, 8).tolist()
     assert found["bare"] == [0.0] * 8
     assert "written by rule adaptive" in found["lines"][0] and "holds no expert bias" in found["lines"][1]
-    assert "full_iteration" in found["graphs"]
+    assert "full_iteration: replays a whole step without Python" in found["graphs"]
 
 
 # -- bad numbers in one layer and one micro-batch; the alarm of it -----------------------------------------------------
