@@ -110,3 +110,25 @@ def test_what_rides_along_changes_nothing_else() -> None:
     for differs, loads in ranks.run(2, _unchecked):
         assert differs == ""
         assert loads == [8 * 32 * 2] * 6
+
+
+def _second_stage() -> dict[str, Any]:
+    """Two pipeline stages of two ranks each; the last rank's last layer is off from the start."""
+    lines = _Lines()
+    logging.getLogger("alflb_megatron").addHandler(lines)
+    plan = jobs.plan({"rule": "adaptive", "nproc": 4, "pp": 2, "ep": 2})
+    with ranks.model_parallel(**jobs.sizes(plan)):
+        runner = jobs.Runner(plan)
+        if torch.distributed.get_rank() == 3:
+            runner.routers[-1].expert_bias += 0.5
+        runner.step(0)
+        biases = {k: v.tolist() for k, v in runner.trace.biases[0].items()}
+        return {"counted": runner.trainee.balancer.disagreements, "biases": biases, "lines": lines.lines}
+
+
+def test_ranks_are_named_by_their_place_in_the_whole_job() -> None:
+    first, _, third, fourth = ranks.run(4, _second_stage)
+    assert first["counted"] == 0 and first["lines"] == []
+    assert third["counted"] == fourth["counted"] == 1
+    assert "(layer 4: rank 3)" in third["lines"][0]
+    assert third["biases"] == fourth["biases"]
