@@ -94,7 +94,9 @@ def _chosen(moe: Any, hidden: Tensor) -> tuple[Tensor, Tensor]:
     """Which experts their MoE layer chooses, bool [T, E], and their weights [T, E]."""
     with torch.no_grad():
         out = moe.gate(hidden)
-        indices, weights = out if isinstance(out, tuple) else moe.route_tokens_to_experts(out)
+        if not isinstance(out, tuple):  # a gate that gives logits alone
+            out = moe.route_tokens_to_experts(out)
+        weights, indices = out[1:] if len(out) == 3 else reversed(out)  # later: logits, weights, indices
     nothing = torch.zeros(len(indices), EXPERTS)
     return nothing.scatter(1, indices, 1.0).bool(), nothing.scatter(1, indices, weights)
 
