@@ -18,6 +18,8 @@ from alflb_megatron.models import ModelShape
 from alflb_megatron.runs import launch
 from alflb_megatron.runs.bias import add_arguments as add_bias_flags
 from alflb_megatron.runs.bias import run as run_bias
+from alflb_megatron.runs.data.prepare import add_arguments as add_data_flags
+from alflb_megatron.runs.data.prepare import run as run_data
 from alflb_megatron.runs.demo import add_arguments as add_demo_flags
 from alflb_megatron.runs.demo import run as run_demo
 from alflb_megatron.runs.doctor import add_arguments as add_doctor_flags
@@ -30,6 +32,8 @@ from alflb_megatron.runs.replay import add_arguments as add_replay_flags
 from alflb_megatron.runs.replay import run as run_replay
 from alflb_megatron.runs.report import add_arguments as add_report_flags
 from alflb_megatron.runs.report import run as run_report
+from alflb_megatron.runs.reproduce import add_arguments as add_reproduce_flags
+from alflb_megatron.runs.reproduce import run as run_reproduce
 from alflb_megatron.runs.theory import add_arguments as add_theory_flags
 from alflb_megatron.runs.theory import run as run_theory
 from alflb_megatron.runs.watch import add_arguments as add_watch_flags
@@ -63,6 +67,11 @@ def parser() -> argparse.ArgumentParser:
     )
     add_demo_flags(demo)
     demo.set_defaults(run=run_demo)
+    data = commands.add_parser(
+        "data", help="make training data of text, in Megatron's format, and check its files", allow_abbrev=False
+    )
+    add_data_flags(data)
+    data.set_defaults(run=run_data)
     replay = commands.add_parser(
         "replay", help="replay rules over recorded router scores, and compare their balance", allow_abbrev=False
     )
@@ -93,6 +102,11 @@ def parser() -> argparse.ArgumentParser:
     )
     add_report_flags(report)
     report.set_defaults(run=run_report)
+    reproduce = commands.add_parser(
+        "reproduce", help="train every run of a plan, and make its tables and figures", allow_abbrev=False
+    )
+    add_reproduce_flags(reproduce)
+    reproduce.set_defaults(run=run_reproduce)
     watch = commands.add_parser("watch", help="show a running job in the terminal", allow_abbrev=False)
     add_watch_flags(watch)
     watch.set_defaults(run=run_watch)

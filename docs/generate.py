@@ -12,6 +12,7 @@ from alflb_megatron.config import PREFIX, ALFConfig
 from alflb_megatron.hosts import cpu
 from alflb_megatron.hosts.cpu import trainers
 from alflb_megatron.models import ModelShape
+from alflb_megatron.runs.data.prepare import Preparation
 from alflb_megatron.runs.job import Job
 from alflb_megatron.settings import markdown_table
 
@@ -49,6 +50,10 @@ The defaults are those of the preset `tiny`; `--preset` changes them, a flag giv
 ## The job: `alflb train`
 
 {markdown_table(Job)}
+
+## Training data: `alflb data prepare SOURCE`
+
+{markdown_table(Preparation)}
 """
 
 

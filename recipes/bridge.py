@@ -1,17 +1,19 @@
 """Megatron-Bridge recipes: the DeepSeekMoE models of Wang et al. 2024 (arXiv 2408.15664) and one for a laptop.
 
-    torchrun --nproc-per-node 8 -m alflb_megatron.recipes.bridge deepseek_moe_1b_alflb model.alflb.rule=sign
+    torchrun --nproc-per-node 8 -m alflb_megatron.recipes.bridge deepseek_moe_1b_alflb rule=sign data=PREFIX ep=4
     torchrun --nproc-per-node 2 -m alflb_megatron.recipes.bridge deepseek_moe_tiny_alflb train.train_iters=20
 
-What follows the recipe's name are Bridge's own overrides, by field of its `ConfigContainer`. In Python:
+What follows the recipe's name are words of ours, each short for several of Bridge's overrides (`SHORT`, `PRECISIONS`),
+and Bridge's own overrides, by field of its `ConfigContainer`. In Python:
 
     cfg = deepseek_moe_1b_alflb_pretrain_config()
     pretrain(cfg, forward_step, callbacks=[ALFLBCallback()])
 
 Shapes come from `alflb_megatron.models`, batch, steps and learning rate from `recipes/training.py`. The data are
-Bridge's mock data until `dataset.blend` names some, tokens those of a tokenizer that does nothing. On a GPU the layers
-are Transformer Engine's, with grouped GEMM and permute fusion; apex is used where Megatron-Core finds it. Without CUDA
-everything is Megatron-Core's own, in float32 on gloo.
+Bridge's mock data until `data` names some, tokens those of a tokenizer that does nothing until `tokenizer` names one;
+the embedding keeps its 32,064 entries, and Bridge refuses a tokenizer with more (`model.vocab_size`). How many GPUs is
+torchrun's to say. On a GPU the layers are Transformer Engine's, with grouped GEMM and permute fusion, in bf16; apex is
+used where Megatron-Core finds it. Without CUDA everything is Megatron-Core's own, in float32 on gloo.
 """
 
 from __future__ import annotations
@@ -27,7 +29,7 @@ from alflb_megatron.hosts.bridge import ALFGPTModelProvider, ALFLBCallback  # fi
 from alflb_megatron.hosts.cpu import SWITCHES
 from alflb_megatron.hosts.stop import end_on_one_line
 from alflb_megatron.models import PRESETS
-from alflb_megatron.recipes.training import training_of
+from alflb_megatron.recipes.training import preset_of, training_of
 from alflb_megatron.settings import SettingError
 
 from megatron.bridge.recipes.common import _pretrain_common  # isort: skip
@@ -41,17 +43,17 @@ from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec 
 
 def deepseek_moe_1b_alflb_pretrain_config() -> ConfigContainer:
     """The 1B model of Wang et al.: 9 MoE layers of 64 experts, 6 active; recommended EP 8."""
-    return _pretrain("deepseek-moe-1b", expert_parallel=8)
+    return _pretrain("deepseek-moe-1b")
 
 
 def deepseek_moe_3b_alflb_pretrain_config() -> ConfigContainer:
     """The 3B model of Wang et al.: 11 MoE layers of 64 experts, 6 active; recommended EP 8."""
-    return _pretrain("deepseek-moe-3b", expert_parallel=8)
+    return _pretrain("deepseek-moe-3b")
 
 
 def deepseek_moe_tiny_alflb_pretrain_config() -> ConfigContainer:
     """3 MoE layers of 16 experts, 2 active: seconds a run on two CPU cores, for trying things out."""
-    return _pretrain("tiny", expert_parallel=None)
+    return _pretrain("tiny")
 
 
 RECIPES = {
@@ -61,8 +63,8 @@ RECIPES = {
 }
 
 
-def _pretrain(preset: str, expert_parallel: int | None) -> ConfigContainer:
-    """The recipe of a preset; `expert_parallel` None takes as many as there are ranks."""
+def _pretrain(preset: str) -> ConfigContainer:
+    """The recipe of a preset."""
     shape, training = PRESETS[preset], training_of(preset)
     cuda = torch.cuda.is_available()
 
@@ -78,7 +80,7 @@ def _pretrain(preset: str, expert_parallel: int | None) -> ConfigContainer:
         moe_token_dispatcher_type="alltoall",
         moe_grouped_gemm=cuda,
         moe_permute_fusion=cuda,
-        expert_model_parallel_size=expert_parallel or int(os.environ.get("WORLD_SIZE", "1")),
+        expert_model_parallel_size=training.expert_parallel or int(os.environ.get("WORLD_SIZE", "1")),
         pipeline_dtype=torch.bfloat16 if cuda else torch.float32,
     )
     cfg.tokenizer.tokenizer_type, cfg.tokenizer.vocab_size = "NullTokenizer", shape.vocab_size - 1  # and its end
@@ -121,17 +123,60 @@ def _without_cuda(cfg: ConfigContainer) -> ConfigContainer:
     return cfg
 
 
+SHORT: dict[str, tuple[str, ...]] = {
+    "rule": ("model.alflb.rule={}",),
+    "step_size": ("model.alflb.step_size={}",),
+    "gate": ("model.moe_router_score_function={}",),
+    "data": ("dataset.blend=[[{}],null]",),
+    "tokenizer": ("tokenizer.tokenizer_type=HuggingFaceTokenizer", "tokenizer.tokenizer_model={}"),
+    "tp": ("model.tensor_model_parallel_size={}", "model.sequence_parallel=true"),
+    "pp": ("model.pipeline_model_parallel_size={}",),
+    "ep": ("model.expert_model_parallel_size={}",),
+    "steps": ("train.train_iters={}",),
+    "global_batch_size": ("train.global_batch_size={}",),
+    "micro_batch_size": ("train.micro_batch_size={}",),
+    "seq_length": ("model.seq_length={}", "dataset.sequence_length={}"),
+}
+"""What `NAME=VALUE` stands for among Bridge's overrides. Megatron-Core demands sequence parallelism of MoE under TP."""
+
+PRECISIONS: dict[str, tuple[str, ...]] = {
+    "bf16": ("mixed_precision=bf16_mixed", "model.pipeline_dtype=torch.bfloat16"),
+    "fp32": (
+        *("mixed_precision=null", "model.params_dtype=torch.float32", "model.pipeline_dtype=torch.float32"),
+        *("model.bf16=false", "optimizer.bf16=false", "optimizer.params_dtype=torch.float32"),
+    ),
+}
+"""What `precision=NAME` stands for."""
+
+CHOICES = {"gate": ("sigmoid", "softmax"), "precision": tuple(PRECISIONS)}
+
+
+def _in_bridges_words(override: str) -> list[str]:
+    """An override as Bridge knows it, where it is one of ours; `SettingError` on a value that cannot work."""
+    name, equals, value = override.partition("=")
+    if not equals or name not in {*SHORT, "precision"}:
+        return [override]
+    if name in CHOICES and value not in CHOICES[name]:
+        raise SettingError(name, value, f"must be one of {', '.join(CHOICES[name])}")
+    if name == "precision":
+        return list(PRECISIONS[value])
+    if name in ("data", "tokenizer"):  # Hydra reads commas, spaces and the like of an unquoted path
+        value = "'" + value.replace("'", "\\'") + "'"
+    words = SHORT[name][:1] if (name, value) == ("tp", "1") else SHORT[name]
+    return [word.format(value) for word in words]
+
+
 def configured(recipe: str, overrides: list[str]) -> ConfigContainer:
-    """The recipe with Bridge's overrides applied.
+    """The recipe with our words and Bridge's overrides applied.
 
     Raises `SettingError` on an unknown recipe, on an override that Bridge refuses, and on one that it would skip
     without a word (`+field=`, `~field`).
     """
-    if recipe not in RECIPES:
-        raise SettingError("recipe", recipe, f"must be one of {', '.join(RECIPES)}")
+    preset_of(recipe)
     for override in overrides:
         if override[:1] in "+~":
             raise SettingError("override", override, "Bridge ignores it: fields are set by name=value, none is added")
+    overrides = [word for override in overrides for word in _in_bridges_words(override)]
     cfg = RECIPES[recipe]()
     try:
         return process_config_with_overrides(cfg, cli_overrides=overrides) if overrides else cfg

@@ -236,17 +236,20 @@ def _rendered(dryrun: Any) -> str:
     return str(dryrun) if task is None else importlib.import_module("yaml").safe_dump(task.to_yaml_config(), width=4096)
 
 
-def start(executor: Any, task: Any, name: str = "alflb", dryrun: bool = False) -> str:
+def start(executor: Any, task: Any, name: str = "alflb", dryrun: bool = False, wait: bool = True) -> str:
     """Runs a `run.Script` or `run.Partial` under an executor and waits for it; returns what a dry run would submit.
 
-    Raises RuntimeError where the job did not succeed.
+    Without `wait` the job is only handed over, and NeMo-Run's name for the experiment returned. Raises RuntimeError
+    where a job that is waited for did not succeed.
     """
     with _nemo_run().Experiment(name) as experiment:
-        experiment.add(task, executor=executor, name=name, tail_logs=not dryrun)
+        experiment.add(task, executor=executor, name=name, tail_logs=wait and not dryrun)
         if dryrun:
             experiment.dryrun(log=False)
             return _rendered(experiment.jobs[0]._dryrun_info)
-        experiment.run(detach=False, tail_logs=True)
+        experiment.run(detach=not wait, tail_logs=wait)
+        if not wait:
+            return str(experiment._id)
     states = [str(job.state) for job in experiment.jobs]  # known once the experiment has been left
     if states != ["SUCCEEDED"]:
         raise RuntimeError(f"the job ended as {', '.join(states)}; its logs are above")

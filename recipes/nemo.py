@@ -7,11 +7,14 @@ The `nemo` command finds them through the entry-point group `nemo_run.cli`. In P
 `run.Partial`, to be changed and given to `run.run` or to `alflb_megatron.recipes.launch`.
 
 Shapes come from `alflb_megatron.models`, batch, steps, learning rate and optimizer from `recipes/training.py`. The data
-are made up (`Walk`) and the tokenizer does nothing, so that nothing is downloaded: replace `recipe.data`. What
-follows the installation is decided where the recipe runs, not where it is built: on a GPU with Transformer Engine its
-layers, grouped GEMM, permute fusion and RoPE fusion are used, else Megatron-Core's own layers; the optimizer is TE's,
-apex's or torch's fused Adam, in the order in which Megatron-Core finds them. The tiny recipe alone is for the machine
-that it is built on.
+are made up (`recipes/nemo_data.py`) and the tokenizer does nothing, so that nothing is downloaded, until `data` names
+a Megatron .bin/.idx pair and `tokenizer` one of Hugging Face; the embedding keeps its 32,064 entries, unless
+`model.config.vocab_size` is set.
+
+What follows the installation is decided where the recipe runs, not where it is built: on a GPU with Transformer Engine
+its layers, grouped GEMM, permute fusion and RoPE fusion are used, else Megatron-Core's own layers; the optimizer is
+TE's, apex's or torch's fused Adam, in the order in which Megatron-Core finds them. The tiny recipe alone is for the
+machine that it is built on.
 """
 
 # nemo_run reads the annotations of factories: it resolves them away from this module's names, so that there is no
@@ -25,6 +28,7 @@ import torch
 
 from alflb_megatron.hosts.nemo import ALFLB  # first: without CUDA it makes NeMo runnable
 from alflb_megatron.models import PRESETS
+from alflb_megatron.recipes.nemo_data import data_of
 from alflb_megatron.recipes.training import training_of
 from alflb_megatron.settings import SettingError
 
@@ -34,14 +38,13 @@ from megatron.core.distributed import DistributedDataParallelConfig  # isort: sk
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec  # isort: skip
 from megatron.core.utils import is_te_min_version  # isort: skip
 from nemo import lightning as nl  # isort: skip
-from nemo.collections.common.tokenizers.null_tokenizer import NullTokenizer  # isort: skip
 from nemo.collections.llm.api import pretrain  # isort: skip
-from nemo.collections.llm.gpt.data.mock import HAVE_TE, MockDataModule, _MockGPTDataset  # isort: skip
-from nemo.collections.llm.gpt.data.pre_training import PreTrainingDataModule  # isort: skip
+from nemo.collections.llm.gpt.data.mock import HAVE_TE  # isort: skip
 from nemo.collections.llm.gpt.model.base import GPTConfig, GPTModel  # isort: skip
 from nemo.collections.llm.recipes import deepseek  # isort: skip
 from nemo.collections.llm.recipes.log.default import default_log, default_resume, tensorboard_logger  # isort: skip
 from nemo.collections.llm.recipes.optim.adam import distributed_fused_adam_with_cosine_annealing  # isort: skip
+from nemo.collections.llm.recipes.precision.mixed_precision import bf16_mixed  # isort: skip
 from nemo.utils.exp_manager import TimingCallback  # isort: skip
 
 CUDA = torch.cuda.is_available()
@@ -70,65 +73,6 @@ class DeepSeekMoEConfig(GPTConfig):
     masked_softmax_fusion: bool = CUDA
     cross_entropy_loss_fusion: bool = CUDA
     bias_dropout_fusion: bool = CUDA
-
-
-@nl.io.track_io
-class Tokens(NullTokenizer):
-    """NeMo's null tokenizer for a vocabulary of `size`, in a form that checkpoints can record."""
-
-    def __init__(self, size: int) -> None:
-        super().__init__(size - 1)  # it counts an end-of-document token on top
-
-
-class MockData(MockDataModule):
-    """NeMo's mock data, which here hold an attention mask where one is needed, and go on where they were at a resume.
-
-    Upstream hands `create_attention_mask` to a parameter `seed` and keeps no account of the samples consumed
-    (collections/llm/gpt/data/mock.py:MockDataModule.setup).
-    """
-
-    init_global_step = 0
-    dataset: type = _MockGPTDataset
-
-    def setup(self, stage: str = "") -> None:
-        mask = self.create_attention_mask
-        for name, split, samples in (
-            ("_train_ds", "train", self.num_train_samples),
-            ("_validation_ds", "valid", self.num_val_samples),
-            ("_test_ds", "test", self.num_test_samples),
-        ):
-            data = self.dataset(self.tokenizer, split, samples, self.seq_length, create_attention_mask=mask)
-            setattr(self, name, data)
-
-    def train_dataloader(self) -> Any:
-        self.init_global_step = self.data_sampler.init_global_step = self.trainer.global_step
-        return super().train_dataloader()
-
-    state_dict = PreTrainingDataModule.state_dict
-    load_state_dict = PreTrainingDataModule.load_state_dict
-
-
-class Walk(_MockGPTDataset):
-    """Tokens that walk round the vocabulary by small random strides, so that there is something to learn.
-
-    Upstream's are noise: a model that trains on it ends up with the same hidden state for every token, and then no bias
-    can spread the load.
-    """
-
-    STRIDES = 8
-
-    def __getitem__(self, idx: int) -> dict[str, torch.Tensor]:
-        generator = torch.Generator().manual_seed(self.seed + int(idx))
-        strides = torch.randint(1, 1 + self.STRIDES, (self.seq_length + 1,), generator=generator)
-        start = torch.randint(self.vocab_size, (1,), generator=generator)
-        tokens = (start + strides.cumsum(0)) % self.vocab_size
-        return {**super().__getitem__(idx), "tokens": tokens[:-1], "labels": tokens[1:]}
-
-
-class WalkData(MockData):
-    """The recipes' data: mock data of `Walk`."""
-
-    dataset = Walk
 
 
 # -- models ------------------------------------------------------------------------------------------------------------
@@ -168,25 +112,14 @@ def deepseek_moe_tiny_model(gate: str = "sigmoid") -> run.Config[pl.LightningMod
 # -- recipes -----------------------------------------------------------------------------------------------------------
 
 
-def _data(
-    preset: str, seq_length: int | None, global_batch_size: int, micro_batch_size: int, steps: int
-) -> run.Config[Any]:
-    shape = PRESETS[preset]
-    return run.Config(
-        WalkData,
-        seq_length=seq_length or shape.seq_length,
-        tokenizer=run.Config(Tokens, size=shape.vocab_size),
-        global_batch_size=global_batch_size,
-        micro_batch_size=micro_batch_size,
-        num_train_samples=steps * global_batch_size,
-        num_val_samples=100 * global_batch_size,
-    )
+PRECISIONS = {"bf16": "bf16-mixed", "fp32": "32"}
+"""The precisions that the recipes take, as NeMo's optimizer calls them."""
 
 
 def _optimizer(preset: str, precision: str) -> run.Config[Any]:
     training = training_of(preset)
     optim = distributed_fused_adam_with_cosine_annealing(
-        precision=precision,
+        precision=PRECISIONS[precision],
         warmup_steps=training.warmup_steps,
         adam_beta1=training.beta1,
         adam_beta2=training.beta2,
@@ -211,9 +144,15 @@ def _recipe(
     seq_length: int | None,
     global_batch_size: int | None,
     micro_batch_size: int | None,
+    data: str | None,
+    tokenizer: str | None,
     precision: str,
 ) -> run.Partial:
-    training = training_of(preset)
+    shape, training = PRESETS[preset], training_of(preset)
+    if precision not in PRECISIONS:
+        raise SettingError("precision", precision, f"must be one of {', '.join(PRECISIONS)}")
+    trainer.plugins = bf16_mixed() if precision == "bf16" else None
+    trainer.strategy.pipeline_dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     ALFLB(rule=rule, step_size=step_size)  # a wrong knob is refused here, not in the job
     trainer.callbacks = [
         *(getattr(trainer, "callbacks", None) or []),
@@ -224,12 +163,14 @@ def _recipe(
         fn,
         model=_model(preset, gate, seq_length),
         trainer=trainer,
-        data=_data(
-            preset,
-            seq_length,
-            training.global_batch_size if global_batch_size is None else global_batch_size,
-            training.micro_batch_size if micro_batch_size is None else micro_batch_size,
-            max(training.steps, trainer.max_steps),
+        data=data_of(
+            data,
+            tokenizer,
+            vocab_size=shape.vocab_size,
+            seq_length=seq_length or shape.seq_length,
+            global_batch_size=training.global_batch_size if global_batch_size is None else global_batch_size,
+            micro_batch_size=training.micro_batch_size if micro_batch_size is None else micro_batch_size,
+            steps=max(training.steps, trainer.max_steps),
         ),
         log=default_log(dir=dir, name=name, tensorboard_logger=tensorboard_logger(name=name)),
         optim=_optimizer(preset, precision),
@@ -257,7 +198,7 @@ def _on_gpus(
         num_gpus_per_node=num_gpus_per_node,
         max_steps=training_of(preset).steps if max_steps is None else max_steps,
     )
-    return _recipe(preset, trainer=trainer, precision="bf16-mixed", **recipe)
+    return _recipe(preset, trainer=trainer, **recipe)
 
 
 @run.cli.factory(target=pretrain, name="deepseek_moe_1b_alflb")
@@ -276,9 +217,12 @@ def deepseek_moe_1b_alflb(
     global_batch_size: Optional[int] = None,
     micro_batch_size: Optional[int] = None,
     max_steps: Optional[int] = None,
+    data: Optional[str] = None,
+    tokenizer: Optional[str] = None,
+    precision: str = "bf16",
     fn: Callable = pretrain,
 ) -> run.Partial:
-    """Pre-training of the 1B model of Wang et al., in bf16: sequences of 2048, batch 1152, 40,000 steps.
+    """Pre-training of the 1B model of Wang et al., in bf16 unless told: sequences of 2048, batch 1152, 40,000 steps.
 
     Args:
         dir, name: where logs and checkpoints go, and under which name.
@@ -287,10 +231,13 @@ def deepseek_moe_1b_alflb(
         gate: sigmoid or softmax.
         tensor_parallel, pipeline_parallel, expert_parallel: the sizes of Megatron-Core's groups.
         seq_length, global_batch_size, micro_batch_size, max_steps: the paper's, but for the micro-batch, unless given.
+        data: prefix of a Megatron .bin/.idx pair; without it the data are made up.
+        tokenizer: one of Hugging Face, by name or folder, with at most as many entries as the embedding has.
+        precision: bf16 or fp32.
         fn: what the recipe is for.
 
     Raises:
-        SettingError: a rule, step size or gate that cannot work.
+        SettingError: a rule, step size, gate or precision that cannot work.
     """
     return _on_gpus("deepseek-moe-1b", **locals())
 
@@ -311,9 +258,12 @@ def deepseek_moe_3b_alflb(
     global_batch_size: Optional[int] = None,
     micro_batch_size: Optional[int] = None,
     max_steps: Optional[int] = None,
+    data: Optional[str] = None,
+    tokenizer: Optional[str] = None,
+    precision: str = "bf16",
     fn: Callable = pretrain,
 ) -> run.Partial:
-    """Pre-training of the 3B model of Wang et al., in bf16: sequences of 2048, batch 1728, 56,514 steps.
+    """Pre-training of the 3B model of Wang et al., in bf16 unless told: sequences of 2048, batch 1728, 56,514 steps.
 
     The arguments are those of `deepseek_moe_1b_alflb`.
     """
@@ -333,9 +283,12 @@ def deepseek_moe_tiny_alflb(
     global_batch_size: Optional[int] = None,
     micro_batch_size: Optional[int] = None,
     max_steps: Optional[int] = None,
+    data: Optional[str] = None,
+    tokenizer: Optional[str] = None,
+    precision: str = "fp32",
     fn: Callable = pretrain,
 ) -> run.Partial:
-    """A model for trying things out, in float32: about a second a step on two CPU cores.
+    """A model for trying things out, in float32 unless told: about a second a step on two CPU cores.
 
     Without CUDA `num_gpus_per_node` counts processes, which talk over gloo. All of them share the experts. The other
     arguments are those of `deepseek_moe_1b_alflb`.
@@ -372,7 +325,9 @@ def deepseek_moe_tiny_alflb(
         seq_length=seq_length,
         global_batch_size=global_batch_size,
         micro_batch_size=micro_batch_size,
-        precision="32",
+        data=data,
+        tokenizer=tokenizer,
+        precision=precision,
     )
     recipe.optim.config.use_distributed_optimizer = False
     recipe.data.num_workers = 0

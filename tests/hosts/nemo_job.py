@@ -62,7 +62,7 @@ def train(job: dict[str, Any]) -> None:
 
     callbacks: list[Any] = []
     if job.get("imported") or "callback" in job:
-        data_module = importlib.import_module("alflb_megatron.recipes.nemo").MockData
+        data_module = importlib.import_module("alflb_megatron.recipes.nemo_data").MockData
     else:
         data_module = mock.MockDataModule
         dataset = mock._MockGPTDataset

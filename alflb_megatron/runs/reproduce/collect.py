@@ -1,0 +1,204 @@
+"""Gathers the finished runs of a sweep into `results.csv`: one row a run, all that tables and figures are made of."""
+
+from __future__ import annotations
+
+import csv
+import io
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from alflb_megatron.runs.record import read_json, read_metrics
+from alflb_megatron.runs.reproduce.execute import DONE, state_of
+from alflb_megatron.runs.reproduce.plan import Run, Sweep
+from alflb_megatron.settings import SettingError
+
+POINTS = 25
+"""Of a run's course that the table keeps: means over as many equal stretches of its steps."""
+
+MEANINGS = {
+    "run": "name, by the plan",
+    "group": "name without the seed",
+    "model": "preset",
+    "gate": "sigmoid or softmax",
+    "rule": "how the bias moved",
+    "u": "step size as the plan names it; empty for the rule's own",
+    "u_used": "step size of the run, a multiple of it where the scale says so",
+    "aux": "coefficient of the auxiliary loss",
+    "seed": "of weights and data order",
+    "steps": "global batches",
+    "tokens": "trained on",
+    "parameters": "of the model",
+    "active": "parameters one token uses",
+    "validation_loss": "nats a token",
+    "perplexity": "exp(validation_loss)",
+    "maxvio_global": "of the loads over the whole validation set, mean over the MoE layers",
+    "maxvio_last50": "of a global batch, mean over layers and the last 50 steps",
+    "maxvio_mean": "of a global batch, mean over layers and all steps",
+    "maxvio_floor": "sampling floor of a global batch",
+    "gap": "dual gap per token at the certified steps, mean over steps and layers; empty without --certify",
+    "modulus": "smallest curvature of the dual per token there, mean; empty where no sample gave one",
+    "certified": "certified steps",
+    "seconds_per_step": "median",
+    "maxvio_curve": f"MaxVio over the steps: means over {POINTS} equal stretches, separated by spaces",
+    "loss_curve": "training loss likewise",
+    "published_perplexity": "the plan's published figure",
+    "published_maxvio_global": "the plan's published figure",
+    "megatron_core": "version",
+    "torch": "version",
+    "revision": "commit of this package, -dirty if changed; empty where there is none",
+}
+"""The columns of results.csv."""
+
+
+def stretches(values: Sequence[float], points: int = POINTS) -> list[float]:
+    """Means over `points` stretches of equal length, or the values themselves if there are no more."""
+    n = min(points, len(values))
+    return [statistics.fmean(values[k * len(values) // n : (k + 1) * len(values) // n]) for k in range(n)]
+
+
+def _row(run: Run, out: Path, sweep: Sweep) -> dict[str, Any]:
+    folder = out / run.name
+    config, summary = read_json(folder / "config.json"), read_json(folder / "summary.json")
+    maxvio, losses, certificates, certified, floor = [], [], [], 0, math.nan
+    for step in read_metrics(folder):
+        maxvio.append(step["maxvio_mean"])
+        losses.append(step["loss"])
+        floor = step.get("maxvio_floor", floor)
+        if rows := step.get("certificates"):
+            certificates += rows
+            certified += 1
+    if len(maxvio) != run.plan.job.steps:
+        raise SettingError("RUN", run.name, f"has records of {len(maxvio)} of its {run.plan.job.steps} steps")
+    moduli = [row["modulus"] for row in certificates if row["modulus"] is not None]
+    alf = run.plan.alf
+    used = run.plan.builtin_rate if alf is None else alf.step_size
+    published = sweep.published.get(run.group, {})
+    job = run.plan.job
+    return {
+        "run": run.name,
+        "group": run.group,
+        "model": job.preset,
+        "gate": run.plan.shape.gate,
+        "rule": job.rule,
+        "u": run.u,
+        "u_used": used,
+        "aux": job.aux_loss_coeff or None,
+        "seed": job.seed,
+        "steps": job.steps,
+        "tokens": run.tokens,
+        "parameters": config["parameters"]["total"],
+        "active": config["parameters"]["active"],
+        "validation_loss": summary["validation_loss"],
+        "perplexity": math.exp(summary["validation_loss"]),
+        "maxvio_global": summary["maxvio_global_mean"],
+        "maxvio_last50": summary["maxvio_last50"],
+        "maxvio_mean": statistics.fmean(maxvio),
+        "maxvio_floor": floor,
+        "gap": statistics.fmean(row["gap"] for row in certificates) if certificates else None,
+        "modulus": statistics.fmean(moduli) if moduli else None,
+        "certified": certified or None,
+        "seconds_per_step": summary["seconds_per_step"],
+        "maxvio_curve": " ".join(f"{value:.5g}" for value in stretches(maxvio)),
+        "loss_curve": " ".join(f"{value:.5g}" for value in stretches(losses)),
+        "published_perplexity": published.get("perplexity"),
+        "published_maxvio_global": published.get("maxvio_global"),
+        "megatron_core": config["versions"]["megatron-core"],
+        "torch": config["versions"]["torch"],
+        "revision": config["git_revision"],
+    }
+
+
+def collect(sweep: Sweep, out: Path) -> list[dict[str, Any]]:
+    """The rows of results.csv, in the plan's order.
+
+    Raises `SettingError` that names the runs: those that have not finished, those of other settings than the plan's,
+    those whose records are incomplete, and those that another version of torch, Megatron-Core or this package trained.
+    """
+    open_ = [run.name for run in sweep.runs if state_of(run, out).kind != DONE]
+    if open_:
+        held = f"{len(open_)} of {len(sweep.runs)} runs have not finished: {', '.join(open_[:5])}"
+        raise SettingError("--out", out, held + (", ..." if len(open_) > 5 else ""))
+    try:
+        rows = [_row(run, out, sweep) for run in sweep.runs]
+    except (OSError, KeyError, TypeError, ValueError) as error:
+        if isinstance(error, SettingError):
+            raise
+        raise SettingError("--out", out, f"holds a run that cannot be read: {error}") from None
+    for name in ("megatron_core", "torch", "revision"):
+        first = rows[0]
+        if other := next((row for row in rows if row[name] != first[name]), None):
+            held = f"{other['run']} was trained with {name} {other[name]}, {first['run']} with {first[name]}"
+            raise SettingError("--out", out, f"holds a mixture: {held}; train them anew with one")
+    return rows
+
+
+def as_csv(rows: Sequence[Mapping[str, Any]]) -> str:
+    """The text of results.csv; numbers in full, None as an empty cell."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(MEANINGS), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows({name: "" if row[name] is None else row[name] for name in MEANINGS} for row in rows)
+    return text.getvalue()
+
+
+_TEXT = {"run", "group", "model", "gate", "rule", "megatron_core", "torch", "revision"}
+_WHOLE = {"seed", "steps", "tokens", "parameters", "active", "certified"}
+_CURVES = {"maxvio_curve", "loss_curve"}
+
+
+def read_csv(path: Path) -> list[dict[str, Any]]:
+    """The rows of a results.csv, typed; raises `SettingError` where it is none."""
+    try:
+        with path.open(encoding="utf-8", newline="") as file:
+            reader = csv.DictReader(file, strict=True)
+            rows = list(reader)
+            if reader.fieldnames != list(MEANINGS) or not rows:
+                raise ValueError("its columns are not those of a results.csv")
+            return [{name: _typed(name, row[name]) for name in MEANINGS} for row in rows]
+    except (OSError, ValueError, TypeError, csv.Error) as error:
+        raise SettingError("--results", path, f"cannot be read: {error}") from None
+
+
+def _typed(name: str, text: str) -> Any:
+    if name in _CURVES:
+        return [float(word) for word in text.split()]
+    if text == "":
+        return None
+    return text if name in _TEXT else int(text) if name in _WHOLE else float(text)
+
+
+@dataclass(frozen=True)
+class Interval:
+    """Mean over seeds, and half the width of its 95 % confidence interval by Student's t; None for one seed."""
+
+    mean: float
+    half: float | None
+    n: int
+
+    def text(self, digits: int = 3) -> str:
+        if self.half is None:
+            return f"{self.mean:.{digits}f}"
+        return f"{self.mean:.{digits}f} ± {self.half:.{digits}f}"
+
+
+def interval(values: Sequence[float]) -> Interval:
+    """Of independent values, as seeds give them."""
+    from scipy.stats import t
+
+    n = len(values)
+    if n < 2:
+        return Interval(values[0], None, n)
+    half = float(t.ppf(0.975, n - 1)) * statistics.stdev(values) / math.sqrt(n)
+    return Interval(statistics.fmean(values), half, n)
+
+
+def by_group(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[Mapping[str, Any]]]:
+    """The rows of each group, in order of first appearance."""
+    found: dict[str, list[Mapping[str, Any]]] = {}
+    for row in rows:
+        found.setdefault(row["group"], []).append(row)
+    return found

@@ -1,0 +1,231 @@
+"""Trains the runs of a sweep: those that have finished stay, those that were broken off go on, the others start.
+
+What has been done is read from the run folders alone (`state_of`), so that a sweep can be stopped at any moment, by
+any signal, and started again. Here every run is a process; where NeMo-Run is installed it starts them, as it does for
+Slurm and SkyPilot.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import importlib.util
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from alflb_megatron.runs.demo import last_lines
+from alflb_megatron.runs.record import is_run, read_json, saved_settings, write_json
+from alflb_megatron.runs.reproduce.plan import Run, Sweep, same_settings
+from alflb_megatron.settings import SettingError, from_mapping
+
+NEW, BROKEN, DONE, SUBMITTED = "new", "broken off", "finished", "submitted"
+
+
+@dataclass(frozen=True)
+class State:
+    """Where a run stands: `kind` is NEW, BROKEN (goes on from its checkpoint if there is one), DONE or SUBMITTED."""
+
+    kind: str
+    checkpoint: bool = False
+
+
+def state_of(run: Run, out: Path) -> State:
+    """Reads it from the run's folder. Raises `SettingError` where the folder holds a run of other settings."""
+    folder = out / run.name
+    ticket = ticket_of(run, out).exists()
+    if not is_run(folder):
+        return State(SUBMITTED if ticket else NEW)
+    different = same_settings(saved_settings(folder, "--out"), run.plan.as_dict())
+    if different:
+        held = "; ".join(different[:4])
+        raise SettingError("--out", folder, f"holds a run of other settings ({held}): name another folder")
+    if (folder / "summary.json").is_file():
+        return State(DONE)
+    checkpoint = any(path.suffix != ".part" for path in (folder / "checkpoints").glob("step_*"))
+    return State(SUBMITTED if ticket else BROKEN, checkpoint)
+
+
+def ticket_of(run: Run, out: Path) -> Path:
+    """The file that says that a run was handed to a cluster."""
+    return out / f"{run.name}.submitted.json"
+
+
+@contextlib.contextmanager
+def alone(out: Path) -> Iterator[int]:
+    """Keeps a second sweep out of the folder; yields the file descriptor that holds the lock.
+
+    Trainings inherit it: of a sweep that was killed the last one may still be writing. Raises `SettingError` where a
+    sweep, or what one left, is running.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    with (out / ".lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            held = "another `alflb reproduce`, or a training that one left when it was killed, is at work here"
+            raise SettingError("--out", out, held) from None
+        yield file.fileno()
+
+
+class _Processes:
+    """The trainings that are running, to be ended together."""
+
+    def __init__(self, lock: int) -> None:
+        self._held = lock
+        self._running: set[subprocess.Popen[bytes]] = set()
+        self._lock = threading.Lock()
+        self.stopped = False
+
+    def run(self, command: Sequence[str], log: Path, env: Mapping[str, str]) -> int:
+        """Runs a command with its output in `log`; returns its exit code, or -SIGTERM once all have been stopped."""
+        with log.open("ab") as file:
+            with self._lock:
+                if self.stopped:
+                    return -signal.SIGTERM
+                process = subprocess.Popen(
+                    command,
+                    stdin=subprocess.DEVNULL,
+                    stdout=file,
+                    stderr=subprocess.STDOUT,
+                    env=dict(env),
+                    start_new_session=True,  # its ranks are ended with it
+                    pass_fds=(self._held,),
+                )
+                self._running.add(process)
+            code = process.wait()
+            with self._lock:
+                self._running.discard(process)
+            return code
+
+    def stop(self) -> None:
+        with self._lock:
+            self.stopped = True
+            for process in self._running:
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(process.pid, signal.SIGTERM)
+
+
+def command_of(run: Run, out: Path, resume: bool, threads: int) -> list[str]:
+    """What trains the run on this machine."""
+    launched = importlib.util.find_spec("nemo_run") is not None
+    words = ["-m", "alflb_megatron.cli", "train", *run.flags(out / run.name, resume, launched)]
+    if not launched:
+        return [sys.executable, *words]
+    place = ["local", "--processes", str(run.plan.job.nproc), "--name", run.name]
+    place += ["--env", f"OMP_NUM_THREADS={threads}"]
+    return [sys.executable, "-m", "alflb_megatron.recipes.launch", *place, "--", *words]
+
+
+def train_here(sweep: Sweep, out: Path, at_once: int, lock: int, say: Callable[[str], None]) -> list[str]:
+    """Trains what has not finished, `at_once` runs at a time; returns the names of those that failed.
+
+    `lock` is what `alone` yields.
+    KeyboardInterrupt (and SIGTERM) ends the trainings that are running; they go on at the next start.
+    """
+    todo = [(run, state) for run in sweep.runs if (state := state_of(run, out)).kind != DONE]
+    threads = max(1, (os.cpu_count() or 1) // at_once // max(run.plan.job.nproc for run in sweep.runs))
+    env = {"NEMORUN_HOME": str(out.resolve() / ".nemo_run"), **os.environ}
+    env.setdefault("OMP_NUM_THREADS", str(threads))
+    processes, begun, failed = _Processes(lock), time.monotonic(), []
+    say(f"{len(sweep.runs)} runs, {len(sweep.runs) - len(todo)} finished before, {at_once} at a time: {out}")
+
+    def one(run: Run, state: State) -> int:
+        command = command_of(run, out, state.checkpoint, threads)
+        return processes.run(command, out / f"{run.name}.log", env)
+
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, stop) if threading.current_thread() is threading.main_thread() else None
+    with ThreadPoolExecutor(at_once) as pool:
+        try:
+            waiting: dict[Future[int], Run] = {pool.submit(one, run, state): run for run, state in todo}
+            done = 0
+            while waiting:
+                for future in wait(waiting, return_when=FIRST_COMPLETED).done:
+                    run, done = waiting.pop(future), done + 1
+                    if future.result() or state_of(run, out).kind != DONE:
+                        failed.append(run.name)
+                        log = out / f"{run.name}.log"
+                        text = last_lines(log.read_text(encoding="utf-8", errors="replace"))
+                        say(f"[{done}/{len(todo)}] {run.name} failed (exit code {future.result()}): {log}\n{text}")
+                        continue
+                    left = (time.monotonic() - begun) / done * (len(todo) - done)
+                    say(f"[{done}/{len(todo)}] {told(run, out)}; about {left / 60:.0f} min left")
+        except BaseException:
+            processes.stop()
+            for future in waiting:
+                future.cancel()
+            raise
+        finally:
+            if before is not None:
+                signal.signal(signal.SIGTERM, before)
+    return failed
+
+
+def told(run: Run, out: Path) -> str:
+    """A finished run in one line."""
+    summary = read_json(out / run.name / "summary.json")
+    return (
+        f"{run.name}: validation loss {summary['validation_loss']:.4f}, "
+        f"MaxVio_global {summary['maxvio_global_mean']:.3f}"
+    )
+
+
+def submit(
+    sweep: Sweep,
+    out: Path,
+    kind: str,
+    options: Mapping[str, Any],
+    dryrun: bool,
+    again: bool,
+    say: Callable[[str], None],
+) -> int:
+    """Hands every run that has neither finished nor been handed over to Slurm or SkyPilot; returns how many.
+
+    With `again` also those that were handed over and have not finished: they go on from their checkpoints. `dryrun`
+    prints what would be submitted and submits nothing. Raises `SettingError` on an option that cannot work, and
+    ImportError where NeMo-Run is missing.
+    """
+    from alflb_megatron.recipes import launch
+
+    cls, make = launch.PLACES[kind]
+    count = 0
+    for run in sweep.runs:
+        state = state_of(run, out)
+        if state.kind == DONE or (state.kind == SUBMITTED and not again):
+            continue
+        nodes, processes = _machines(run, options)
+        job = from_mapping(cls, {**options, "name": run.name, "nodes": nodes, "processes": processes})
+        words = [
+            "-m",
+            "alflb_megatron.cli",
+            "train",
+            *run.flags(out.resolve() / run.name, state.checkpoint, launched=True),
+        ]
+        said = launch.start(make(job), launch.script(words), run.name, dryrun=dryrun, wait=False)
+        if dryrun:
+            say(f"# {run.name}\n{said}")
+        else:
+            write_json(ticket_of(run, out), {"executor": kind, "experiment": said, "resumes": state.checkpoint})
+            say(f"{run.name}: submitted as {said}")
+        count += 1
+    return count
+
+
+def _machines(run: Run, options: Mapping[str, Any]) -> tuple[int, int]:
+    """Nodes, and processes on each, for the run's ranks."""
+    ranks = run.plan.job.nproc
+    each = options.get("processes", min(ranks, 8))
+    if not isinstance(each, int) or each < 1 or ranks % each:
+        raise SettingError("--executor-options processes", each, f"must divide the {ranks} ranks of {run.name}")
+    return ranks // each, each

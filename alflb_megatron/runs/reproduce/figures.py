@@ -1,0 +1,144 @@
+"""The figures of a sweep, from the rows of its results.csv alone."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from alflb_megatron.runs.plots import COLOURS, DPI, WIDTH, figure_class, save
+from alflb_megatron.runs.reproduce.collect import by_group, interval
+from alflb_megatron.runs.reproduce.tables import label, labels
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+Rows = Sequence[Mapping[str, Any]]
+
+STYLES = ("-", (0, (4, 1.5)), (0, (1, 1.2)))
+"""Beyond the palette, colours are used again with another stroke."""
+
+
+def _style(index: int) -> dict[str, Any]:
+    return {"color": COLOURS[index % len(COLOURS)], "linestyle": STYLES[index // len(COLOURS) % len(STYLES)]}
+
+
+def _plain(axes: Axes) -> None:
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def course(rows: Rows) -> Figure:
+    """MaxVio over the steps: a panel for each model and gate, a line for each rule and u, mean over seeds."""
+    panels: dict[tuple[str, str], dict[str, list[Any]]] = {}
+    for group, found in by_group(rows).items():
+        panels.setdefault((found[0]["model"], found[0]["gate"]), {})[group] = list(found)
+    figure = figure_class()(figsize=(WIDTH, 4.6 * len(panels)), dpi=DPI, layout="constrained")
+    for place, ((model, gate), groups) in enumerate(panels.items()):
+        axes = figure.add_subplot(len(panels), 1, place + 1)
+        for index, found in enumerate(groups.values()):
+            curves_SN = np.array([row["maxvio_curve"] for row in found])
+            mean_N, steps = curves_SN.mean(0), found[0]["steps"]
+            x_N = (np.arange(len(mean_N)) + 0.5) * steps / len(mean_N)
+            style = _style(index)
+            axes.plot(x_N, mean_N, label=label(found[0]), linewidth=1.8, **style)
+            if len(found) > 1:
+                axes.fill_between(
+                    x_N, curves_SN.min(0), curves_SN.max(0), color=style["color"], alpha=0.13, linewidth=0
+                )
+        floor = next(iter(groups.values()))[0]["maxvio_floor"]
+        axes.axhline(floor, color="black", linestyle=(0, (5, 3)), linewidth=1, label="sampling floor")
+        axes.set_yscale("log")
+        axes.set_xlim(left=0)
+        axes.set_title(f"{model}, {gate}", loc="left", fontsize=10.5)
+        axes.set_ylabel("MaxVio of a global batch")
+        axes.set_xlabel("training step")
+        _plain(axes)
+        axes.legend(frameon=False, fontsize=8.5, loc="center left", bbox_to_anchor=(1, 0.5))
+    return figure
+
+
+def against_published(rows: Rows) -> Figure:
+    """MaxVio_global as measured and published, and by how much a group's perplexity is above that of the first of its
+    model and gate: perplexities themselves are of other text and other tokens."""
+    names = labels(rows)
+    groups = {g: f for g, f in by_group(rows).items() if f[0]["published_maxvio_global"] is not None}
+    first = {(f[0]["model"], f[0]["gate"]): f for f in reversed(groups.values())}
+    figure = figure_class()(figsize=(WIDTH, 1.5 + 0.36 * len(groups)), dpi=DPI, layout="constrained")
+    y = np.arange(len(groups))[::-1]
+    for place, title in enumerate(("MaxVio_global", "perplexity above the first of its model and gate, %")):
+        axes = figure.add_subplot(1, 2, place + 1)
+        measured = []
+        published = []
+        for found in groups.values():
+            beside = first[found[0]["model"], found[0]["gate"]]
+            if place == 0:
+                measured.append(interval([row["maxvio_global"] for row in found]))
+                published.append(found[0]["published_maxvio_global"])
+            else:
+                pairs = zip(found, beside, strict=True)  # the same seeds
+                measured.append(interval([100 * (a["perplexity"] / b["perplexity"] - 1) for a, b in pairs]))
+                said = [one[0]["published_perplexity"] for one in (found, beside)]
+                published.append(np.nan if None in said else 100 * (said[0] / said[1] - 1))
+        axes.plot(published, y, "D", color=COLOURS[0], label="published, full size", markersize=6)
+        means, halves = [one.mean for one in measured], [one.half or 0.0 for one in measured]
+        axes.errorbar(means, y, xerr=halves, fmt="o", color=COLOURS[2], label="measured", capsize=2.5, markersize=6)
+        axes.set_yticks(y, [names[g] for g in groups] if place == 0 else [""] * len(groups), fontsize=9)
+        if place == 0:
+            axes.set_xscale("log")
+        axes.set_xlabel(title)
+        _plain(axes)
+        if place == 0:
+            axes.legend(frameon=False, loc="lower left", bbox_to_anchor=(0, 1), ncols=2, borderpad=0, fontsize=9)
+    return figure
+
+
+def by_step_size(rows: Rows) -> Figure:
+    """What a rule makes of its u: MaxVio of the last steps and global, perplexity and, where certified, dual gap."""
+    swept = _swept(rows)
+    columns = [("maxvio_last50", "MaxVio, last 50 steps", True), ("maxvio_global", "MaxVio_global", True),
+               ("perplexity", "validation perplexity", False), ("gap", "dual gap a step, per token", True)]  # fmt: skip
+    columns = [one for one in columns if any(row[one[0]] is not None for row in rows)]
+    figure = figure_class()(figsize=(WIDTH, 3.6 * ((len(columns) + 1) // 2)), dpi=DPI, layout="constrained")
+    for place, (name, title, logarithmic) in enumerate(columns):
+        axes = figure.add_subplot((len(columns) + 1) // 2, 2, place + 1)
+        for index, (rule, by_u) in enumerate(swept.items()):
+            points = {u: [row[name] for row in found if row[name] is not None] for u, found in sorted(by_u.items())}
+            points = {u: values for u, values in points.items() if values}
+            means = [interval(values) for values in points.values()]
+            style = _style(index)
+            axes.plot(list(points), [one.mean for one in means], marker="o", markersize=4.5, label=rule, **style)
+            low, high = [min(v) for v in points.values()], [max(v) for v in points.values()]
+            axes.fill_between(list(points), low, high, color=style["color"], alpha=0.15, linewidth=0)
+        axes.set_xscale("log")
+        if logarithmic:
+            axes.set_yscale("log")
+        axes.set_xlabel("u")
+        axes.set_ylabel(title)
+        _plain(axes)
+        if place == 0:
+            axes.legend(frameon=False, loc="lower left", bbox_to_anchor=(0, 1), ncols=4, borderpad=0, fontsize=9)
+    return figure
+
+
+def _swept(rows: Rows) -> dict[str, dict[float, list[Any]]]:
+    """Rule -> u -> rows, of rules with two or more u in one model and gate."""
+    found: dict[str, dict[float, list[Any]]] = {}
+    first = rows[0]
+    for row in rows:
+        if row["u"] is not None and (row["model"], row["gate"]) == (first["model"], first["gate"]):
+            found.setdefault(row["rule"], {}).setdefault(row["u"], []).append(row)
+    return {rule: by_u for rule, by_u in found.items() if len(by_u) > 1}
+
+
+def draw(name: str, rows: Rows, out: Path) -> list[str]:
+    """Draws every figure that the rows have something for into `out`, and returns the files' names."""
+    wanted = {"course": course}
+    if _swept(rows):
+        wanted["step-size"] = by_step_size
+    if any(row["published_maxvio_global"] is not None for row in rows):
+        wanted["published"] = against_published
+    return [save(figure(rows), out / f"{name}-{kind}.png").name for kind, figure in wanted.items()]

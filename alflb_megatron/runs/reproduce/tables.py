@@ -1,0 +1,149 @@
+"""The tables of a sweep, in Markdown, from the rows of its results.csv."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from alflb_megatron.runs.record import maxvio_text
+from alflb_megatron.runs.reproduce.collect import Interval, by_group, interval
+from alflb_megatron.runs.reproduce.plan import FIGURES, Sweep
+
+Rows = Sequence[Mapping[str, Any]]
+
+NAMES = {"perplexity": "validation perplexity", "maxvio_global": "MaxVio_global"}
+
+
+def label(row: Mapping[str, Any], models: int = 1, gates: int = 1) -> str:
+    """A group for people: `sign, u = 0.001`, with model and gate where the table has several."""
+    parts = [row["model"]] * (models > 1) + [row["gate"]] * (gates > 1)
+    if row["rule"] != "none" or not row["aux"]:
+        parts.append("no balancing" if row["rule"] == "none" else row["rule"])
+    if row["aux"]:
+        parts.append(f"auxiliary loss {row['aux']:g}")
+    if row["u"] is not None:
+        parts.append(f"u = {row['u']:g}")
+    return ", ".join(parts)
+
+
+def labels(rows: Rows) -> dict[str, str]:
+    """Group -> label."""
+    models, gates = (len({row[name] for row in rows}) for name in ("model", "gate"))
+    return {group: label(found[0], models, gates) for group, found in by_group(rows).items()}
+
+
+def _maxvio(value: Interval) -> str:
+    if value.half is None:
+        return maxvio_text(value.mean)
+    digits = 2 if value.mean >= 0.095 else 3
+    return f"{value.mean:.{digits}f} ± {value.half:.{digits}f}"
+
+
+def measured(rows: Rows) -> str:
+    """A row a group: means over seeds with 95 % intervals, and the published figures beside them."""
+    names, groups = labels(rows), by_group(rows)
+    published = any(row[f"published_{figure}"] is not None for row in rows for figure in FIGURES)
+    scaled = any(row["u"] is not None and row["u"] != row["u_used"] for row in rows)
+    certified = any(row["gap"] is not None for row in rows)
+    head = ["rule", *["u used"] * scaled, "seeds", "validation perplexity", "MaxVio_global", "MaxVio, last 50 steps"]
+    head += ["dual gap a step", "modulus"] * certified
+    head += ["published perplexity", "published MaxVio_global"] * published
+    lines = [head, ["---"] * len(head)]
+    for group, found in groups.items():
+        one = found[0]
+        cells = [names[group]]
+        if scaled:
+            cells.append("" if one["u"] is None else f"{one['u_used']:g}")
+        cells += [str(len(found)), _over(found, "perplexity").text()]
+        cells += [_maxvio(_over(found, "maxvio_global")), _maxvio(_over(found, "maxvio_last50"))]
+        if certified:
+            cells += [_small(found, "gap"), _small(found, "modulus")]
+        if published:
+            cells += ["" if one[f"published_{f}"] is None else f"{one[f'published_{f}']:g}" for f in FIGURES]
+        lines.append(cells)
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+
+
+def _over(found: Rows, name: str) -> Interval:
+    return interval([row[name] for row in found])
+
+
+def _small(found: Rows, name: str) -> str:
+    values = [row[name] for row in found if row[name] is not None]
+    return f"{math.fsum(values) / len(values):.2g}" if values else ""
+
+
+def judged(left: Rows, right: Rows, figure: str) -> tuple[Interval, str]:
+    """The difference left - right, paired by seed, with its interval, and what it says of the published one.
+
+    `holds` and `reversed` where the interval excludes zero, `not decided` where it does not or where there is one seed;
+    `clear` and `not decided` where nothing was published.
+    """
+    other = {row["seed"]: row[figure] for row in right}
+    difference = interval([row[figure] - other[row["seed"]] for row in left if row["seed"] in other])
+    said = [rows[0][f"published_{figure}"] for rows in (left, right)]
+    if difference.half is None or abs(difference.mean) <= difference.half:
+        return difference, "not decided"
+    if None in said or said[0] == said[1]:
+        return difference, "clear"
+    return difference, "holds" if (difference.mean < 0) == (said[0] < said[1]) else "reversed"
+
+
+def orders(rows: Rows, compare: Sequence[tuple[str, str]]) -> str:
+    """A row for each pair and figure: published and measured difference, and the verdict; empty without pairs."""
+    names, groups = labels(rows), by_group(rows)
+    lines = ["| pair | figure | published difference | measured difference | verdict |", "|---|---|---|---|---|"]
+    for one, other in compare:
+        for figure in FIGURES:
+            left, right = groups[one], groups[other]
+            difference, verdict = judged(left, right, figure)
+            said = [found[0][f"published_{figure}"] for found in (left, right)]
+            published = "" if None in said else f"{said[0] - said[1]:+.3g}"
+            half = "" if difference.half is None else f" ± {difference.half:.3f}"
+            lines.append(
+                f"| {names[one]} - {names[other]} | {NAMES[figure]} | {published} | {difference.mean:+.3f}{half} "
+                f"| {verdict} |"
+            )
+    return "\n".join(lines) if compare else ""
+
+
+def shrunk(sweep: Sweep) -> str:
+    """What the scale divided by what, for each model; empty at full size."""
+    factors = sweep.factors()
+    if not any(factors.values()):
+        return ""
+    names = list(dict.fromkeys(name for changed in factors.values() for name in changed))
+    lines = [f"| setting | {' | '.join(factors)} |", "|---" * (len(factors) + 1) + "|"]
+    for name in names:
+        cells = []
+        for changed in factors.values():
+            if name not in changed:
+                cells.append("as published")
+                continue
+            full, here = changed[name]
+            ratio = f" (1/{full / here:.3g})" if here and full > here else f" ({here / full:.3g} times)" if full else ""
+            cells.append(f"{full:,g} → {here:,g}{ratio}")
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def page(sweep: Sweep, rows: Rows, figures: Sequence[str], folder: str = "") -> str:
+    """All of a sweep on one page: what was run, tables, and links to its figures, PNG files in `folder`."""
+    first, seeds = rows[0], sorted({row["seed"] for row in rows})
+    parts = [
+        sweep.about,
+        f"{len(rows)} runs of {first['steps']:,} steps, {first['tokens']:,} tokens each, seeds "
+        f"{', '.join(map(str, seeds))}; torch {first['torch']}, megatron-core {first['megatron_core']}, revision "
+        f"`{(first['revision'] or 'unknown')[:12]}`. The sampling floor of a global batch's MaxVio is "
+        f"{maxvio_text(first['maxvio_floor'])}. ± is half a 95 % interval over the seeds (Student's t).",
+        measured(rows),
+        *([f"Published figures: {sweep.source}."] if sweep.source else []),
+    ]
+    if sweep.compare:
+        parts += ["Differences paired by seed; a verdict needs an interval that leaves out zero:"]
+        parts += [orders(rows, sweep.compare)]
+    parts += [f"![{name.removesuffix('.png').replace('-', ' ')}]({folder}{name})" for name in figures]
+    if scale := shrunk(sweep):
+        parts += [f"**What {sweep.scale} can and cannot say.** {sweep.scale_about}", "Shrunk from full size:", scale]
+    return "\n\n".join(part for part in parts if part) + "\n"
