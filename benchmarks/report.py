@@ -1,5 +1,5 @@
-"""Writes `docs/benchmarks.md`, and the tables and pictures of `docs/rules.md` and `docs/theory.md`, from
-`benchmarks/results/*.json`.
+"""Writes `docs/benchmarks.md` and `docs/cluster.md`, and the tables and pictures of `docs/rules.md` and
+`docs/theory.md`, from `benchmarks/results/*.json`.
 
 Nothing is measured here and no figure is typed: `python -m benchmarks.report`, or `make docs`.
 """
@@ -14,7 +14,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from alflb_megatron.runs import theory, theory_plots
-from benchmarks import all_reduce, balance, cost, in_training, scale, tried, upstream_quantile
+from benchmarks import (
+    all_reduce,
+    balance,
+    cluster_page,
+    cluster_tables,
+    cost,
+    in_training,
+    scale,
+    tried,
+    upstream_quantile,
+)
 from benchmarks.machine import RESULTS
 
 if TYPE_CHECKING:
@@ -193,6 +203,12 @@ def theory_page() -> str:
     return text
 
 
+def cluster() -> str:
+    """`docs/cluster.md`."""
+    found = results("cluster")
+    return cluster_page.page(found, made(found)) if found else "# Cluster scale on paper\n\nNot made.\n"
+
+
 def main() -> None:
     (DOCS / "theory.md").write_text(theory_page(), encoding="utf-8")
     if found := results("theory"):
@@ -202,6 +218,9 @@ def main() -> None:
     (DOCS / "rules.md").write_text(rules_page(), encoding="utf-8")
     if found := results("balance"):
         balance_figure(found).savefig(DOCS / "balance.png")
+    (DOCS / "cluster.md").write_text(cluster(), encoding="utf-8")
+    if found := results("cluster"):
+        cluster_tables.figure(found).savefig(DOCS / "cluster.png")
     if found := results("in_training"):
         in_training.figure(found).savefig(DOCS / "in_training.png")
 
