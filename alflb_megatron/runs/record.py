@@ -186,6 +186,11 @@ def is_run(path: Path) -> bool:
     return isinstance(config, dict) and all(key in config for key in CONFIG_KEYS)
 
 
+def has_checkpoint(path: Path) -> bool:
+    """Whether the run folder `path` holds a checkpoint that was written to its end."""
+    return any(found.suffix != ".part" for found in (path / "checkpoints").glob("step_*"))
+
+
 def saved_settings(folder: str | os.PathLike[str], flag: str) -> dict[str, Any]:
     """The settings in a run folder's config.json; SettingError naming `flag` where there is no run that can be read."""
     try:
@@ -232,7 +237,7 @@ class RunFolder:
             raise SettingError("--out", path, f"must be a folder that can be written ({error.strerror})") from None
         if found and not is_run(self.path):
             raise SettingError("--out", path, "must be a new folder, an empty one or that of an earlier run")
-        if resume_step is None and any(p.suffix != ".part" for p in self.checkpoints.glob("step_*")):
+        if resume_step is None and has_checkpoint(self.path):
             raise SettingError("--out", path, "holds a run with checkpoints; give --resume to go on, or another folder")
         try:
             self._truncate()

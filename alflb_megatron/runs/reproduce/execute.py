@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from alflb_megatron.runs.demo import last_lines
-from alflb_megatron.runs.record import is_run, read_json, saved_settings, write_json
+from alflb_megatron.runs.record import has_checkpoint, is_run, read_json, saved_settings, write_json
 from alflb_megatron.runs.reproduce.plan import Run, Sweep, same_settings
 from alflb_megatron.settings import SettingError, from_mapping
 
@@ -50,8 +50,7 @@ def state_of(run: Run, out: Path) -> State:
         raise SettingError("--out", folder, f"holds a run of other settings ({held}): name another folder")
     if (folder / "summary.json").is_file():
         return State(DONE)
-    checkpoint = any(path.suffix != ".part" for path in (folder / "checkpoints").glob("step_*"))
-    return State(SUBMITTED if ticket else BROKEN, checkpoint)
+    return State(SUBMITTED if ticket else BROKEN, has_checkpoint(folder))
 
 
 def ticket_of(run: Run, out: Path) -> Path:

@@ -30,7 +30,7 @@ from typing import Any
 from alflb_megatron.config import PREFIX, ALFConfig
 from alflb_megatron.models import ModelShape
 from alflb_megatron.runs.flops import UTILISATION, gpu_hours
-from alflb_megatron.runs.job import Job, Plan, resolve
+from alflb_megatron.runs.job import UNBALANCED, Job, Plan, resolve
 from alflb_megatron.runs.record import regular
 from alflb_megatron.settings import SettingError, knobs
 
@@ -101,11 +101,6 @@ class Sweep:
     full: Mapping[str, Plan]
     """By group: the same run at full size."""
     executor: Mapping[str, Any] = field(default_factory=dict)
-
-    @property
-    def groups(self) -> list[str]:
-        """The names without seeds, in the plan's order."""
-        return list(dict.fromkeys(run.group for run in self.runs))
 
     def hours(self) -> float:
         """GPU-hours of all runs on H100s, by FLOPs and the stated utilisation."""
@@ -292,7 +287,7 @@ def _run(path: Path, cell: _Cell, settings: Mapping[str, Any], seed: int, times:
     if cell.u is not None:
         given["alflb_step_size"] = float(f"{cell.u * times:.12g}")  # 1e-3 * 10 is 0.01, not 0.010000000000000002
     prefix = PREFIX.replace("-", "_")
-    if cell.rule in ("none", "builtin"):  # what is said of our biases has no meaning there
+    if cell.rule in UNBALANCED:  # what is said of our biases has no meaning there
         ours = {k for k in given if k == "certify" or (k.startswith(prefix) and k != "alflb_step_size")}
         given = {k: v for k, v in given.items() if k not in ours}
     fields = [{one.name for one, *_ in knobs(cls)} for cls in (Job, ModelShape)]
@@ -300,9 +295,7 @@ def _run(path: Path, cell: _Cell, settings: Mapping[str, Any], seed: int, times:
     alf = {k.removeprefix(prefix): v for k, v in given.items() if k.startswith(prefix)}
     try:
         plan = resolve(parts[0], parts[1], alf)
-    except SettingError as error:
-        raise SettingError(str(path), cell.group, f"this run cannot work: {error}") from None
-    except TypeError as error:
+    except (SettingError, TypeError) as error:
         raise SettingError(str(path), cell.group, f"this run cannot work: {error}") from None
     return Run(cell.group, cell.u, plan, given)
 
