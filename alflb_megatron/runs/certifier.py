@@ -2,16 +2,26 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from alflb_megatron.theory.certificate import certify
+from alflb_megatron.theory.certificate import certify, hindsight
 
 SAMPLE = 16_384
 """Tokens of a sample at the most: the first that the rank routes in the step."""
+
+POOLED = 4_096
+"""Tokens of all certified steps together, at least one of each, that the regret of a run is measured on."""
+
+FOLDER = "certified"
+FILE = "step_{step:07d}.stage_{stage}.safetensors"
 
 
 class Certifier:
@@ -21,12 +31,21 @@ class Certifier:
         routers: layer number -> `ALFRouter`.
         topk: K.
         every: steps between certificates.
+        steps: of the whole run.
+        folder: the run folder; what `regret` needs of each step is kept in it, for a run that is broken off.
+        stage: pipeline stage of the rank.
 
     `begin` before a step, `finish` after it. The bias is that with which the sample was routed, not the updated one.
     """
 
-    def __init__(self, routers: Mapping[int, Any], topk: int, every: int) -> None:
-        self.routers, self.topk, self.every = dict(routers), topk, every
+    def __init__(
+        self, routers: Mapping[int, Any], topk: int, every: int, steps: int, folder: Path, stage: int = 0
+    ) -> None:
+        self.routers, self.topk, self.every, self.stage = dict(routers), topk, every, stage
+        self.certified = range(every, steps + 1, every)
+        self.kept = max(1, POOLED // max(1, len(self.certified)))
+        self.folder = folder / FOLDER
+        self._step = 0
         self._sample: dict[int, list[Tensor]] = {}
         self._bias: dict[int, Tensor] = {}
         for layer, router in self.routers.items():
@@ -45,14 +64,46 @@ class Certifier:
 
     def begin(self, step: int) -> None:
         """Takes samples of this step if it is one of those to be certified."""
-        self._sample = {layer: [] for layer in self.routers} if step % self.every == 0 else {}
+        self._step = step
+        self._sample = {layer: [] for layer in self.routers} if step in self.certified else {}
 
     def finish(self) -> list[dict[str, Any]]:
         """The certificates of the step, by layer; none where the step was not sampled or its scores are not finite."""
         rows = []
+        kept: dict[str, Tensor] = {}
         for layer, parts in self._sample.items():
             scores_TE = torch.cat(parts) if parts else torch.empty(0, 1)
             if scores_TE.numel() and scores_TE.isfinite().all():
                 rows.append({"layer": layer, **certify(scores_TE, self.topk, self._bias[layer]).as_dict()})
+                kept |= {f"scores_{layer}": scores_TE[: self.kept].clone(), f"bias_{layer}": self._bias[layer]}
+        if kept:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            path = self._file(self._step)
+            part = path.with_name(f".{path.name}.part")
+            save_file(kept, part)
+            os.replace(part, path)
         self._sample = {}
         return rows
+
+    def _file(self, step: int) -> Path:
+        return self.folder / FILE.format(step=step, stage=self.stage)
+
+    def regret(self) -> list[dict[str, Any]]:
+        """The regret of each layer over all certified steps of the run, those before a restart included.
+
+        None for a layer of which a step is missing: its scores were not finite, or its file is gone or broken.
+        """
+        samples: dict[int, list[tuple[Tensor, Tensor]]] = {layer: [] for layer in self.routers}
+        for step in self.certified if self.routers else ():
+            try:
+                kept = load_file(self._file(step))
+            except (OSError, SafetensorError):
+                return []
+            for layer, found in samples.items():
+                if f"scores_{layer}" in kept:
+                    found.append((kept[f"scores_{layer}"], kept[f"bias_{layer}"]))
+        return [
+            {"layer": layer, **hindsight(found, self.topk).as_dict()}
+            for layer, found in samples.items()
+            if found and len(found) == len(self.certified)
+        ]

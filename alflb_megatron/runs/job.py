@@ -103,7 +103,7 @@ class Job:
     certify: int = knob(
         0,
         "steps between certificates of every MoE layer (distance to the best bias, curvature, step sizes: "
-        "docs/theory.md) in metrics.jsonl; 0 for none",
+        "docs/theory.md) in metrics.jsonl, and regret over the run in summary.json; 0 for none",
         minimum=0,
     )
     json: bool = knob(False, "print the summary as JSON on standard output")

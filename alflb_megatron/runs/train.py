@@ -111,6 +111,7 @@ class _Session:
         if job.bias:
             load_bias(self.trainee.chunks, starting(job.bias, shape, plan.score_unit), "--bias")
         self.trainee.scheduler.step(increment=self.start)
+        self.regret: list[dict[str, Any]] | None = None
 
     def _run_folder(self) -> RunFolder | None:
         """The run folder on rank 0, None on the others; what rank 0 finds wrong with it, every rank raises."""
@@ -192,6 +193,8 @@ class _Session:
                 saved = self.checkpoint.save(
                     self.trainee, self.plan, step, self.folder / "checkpoints", self.training.fingerprint
                 )
+        if certifier is not None:
+            self.regret = sorted(self._over_stages(certifier.regret()), key=lambda row: row["layer"])
         return saved
 
     def _recorder(self) -> Recorder:
@@ -211,7 +214,8 @@ class _Session:
         balancer = self.trainee.balancer
         # every rank of a pipeline stage holds the same biases: one of them is enough
         routers = dict(zip(balancer.layers, balancer.seats, strict=True)) if self.first_of_stage else {}
-        return Certifier(routers, self.plan.shape.topk, self.job.certify)
+        stage = dist.get_rank(self.pp_group)
+        return Certifier(routers, self.plan.shape.topk, self.job.certify, self.job.steps, self.folder, stage)
 
     def _certificates(self, certifier: Any, progress: Any, step: int) -> list[dict[str, Any]]:
         """The certificates of all layers, where they are written; rank 0 says the layer that is farthest off."""
@@ -346,6 +350,7 @@ class _Session:
             "maxvio_global_mean": float(vio.mean()),
             "maxvio_global_max": float(vio.max()),
             "validation_loads": [list(row) for row in loads],
+            **({} if self.regret is None else {"regret": self.regret}),
             "checkpoint": None if saved is None else str(saved),
             "run": str(self.folder),
         }

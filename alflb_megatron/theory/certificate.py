@@ -1,14 +1,17 @@
 """What can be said, with proof, of one layer's routing at one step, from a sample of its scores.
 
 The dual of the sample at the bias the layer used, the exact optimum of the same sample with its proof, and the
-curvature there: how far the bias is from the best one, in score per token, and which step sizes follow.
+curvature there: how far the bias is from the best one, in score per token, and which step sizes follow. Of several
+steps, the regret of their biases against the best fixed one.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from alflb_megatron import metrics
@@ -90,6 +93,44 @@ def certify(scores_TE: Tensor, topk: int, bias_E: Tensor) -> Certificate:
         harmonic_step=share / curved.smallest if curved and curved.smallest > 0 else None,
         largest_step=2 * share / curved.largest if curved and curved.largest > 0 else None,
     )
+
+
+@dataclass(frozen=True)
+class Hindsight:
+    """Regret of the biases p_1 .. p_N of N steps, in score per token and step, from a sample D_n of each step's dual.
+
+    Han and Zhong 2025 bound N times it, for scores that are drawn alike at every step. In training they move, and a
+    bias that follows them may do better than every fixed one.
+    """
+
+    steps: int
+    """N."""
+    tokens: int
+    """Of all samples together."""
+    regret: float
+    """(1/N) sum_n D_n(p_n) - min_p (1/N) sum_n D_n(p), per token; below 0 where the biases beat every fixed one."""
+    proof: float
+    """Duality gap of the minimum, per token: rounding."""
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def hindsight(samples: Sequence[tuple[Tensor, Tensor]], topk: int) -> Hindsight:
+    """Of pairs (scores [T, E] before the bias, bias [E] they were routed with), one a step.
+
+    Every step counts alike: of each the first tokens, as many as the smallest sample holds. ValueError for no samples
+    and for scores that are not finite.
+    """
+    if not samples:
+        raise ValueError("samples: none, must be one a step")
+    each = min(len(scores_TE) for scores_TE, _ in samples)
+    parts = [AssignmentProblem(scores_TE[:each], topk) for scores_TE, _ in samples]
+    paid = sum(part.dual(bias_E.double()) for part, (_, bias_E) in zip(parts, samples, strict=True))
+    pooled = AssignmentProblem(torch.cat([part.scores for part in parts]), topk)
+    best = minimum_cost_flow(pooled, samples[-1][1].double())
+    tokens = pooled.tokens
+    return Hindsight(len(parts), tokens, (paid - best.dual) / tokens, abs(best.gap) / tokens)
 
 
 def _curvature(sample: AssignmentProblem, bias_E: Tensor) -> Moduli | None:

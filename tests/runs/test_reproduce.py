@@ -7,6 +7,7 @@ import math
 import os
 import shutil
 import signal
+import statistics
 import subprocess
 import sys
 import time
@@ -30,7 +31,7 @@ seeds: {smoke: [5]}
 train: {alflb_centring: false}
 runs:
   - {model: deepseek-moe-1b, rule: none}
-  - {model: deepseek-moe-1b, rule: sign, u: 1e-3}
+  - {model: deepseek-moe-1b, rule: sign, u: 1e-3, settings: {certify: 2}}
 published:
   deepseek-moe-1b.sigmoid.none: {perplexity: 9, maxvio_global: 2}
   deepseek-moe-1b.sigmoid.sign.u0.001: {perplexity: 8, maxvio_global: 1}
@@ -208,6 +209,9 @@ def test_a_finished_sweep_has_table_figures_and_rows(whole: Path) -> None:
         assert row["validation_loss"] == summary["validation_loss"]
         assert row["maxvio_global"] == summary["maxvio_global_mean"]
         assert len(row["maxvio_curve"]) == row["steps"]
+        regret = [layer["regret"] for layer in summary.get("regret", [])]
+        assert row["regret"] == (pytest.approx(statistics.fmean(regret)) if row["run"] == SIGN else None)
+        assert row["certified"] == (2 if row["run"] == SIGN else None)
     page = (whole / "two.md").read_text(encoding="utf-8")
     assert "| sign, u = 0.001 | 1 |" in page and "not decided" in page
     for name in ("two-course.png", "two-published.png"):

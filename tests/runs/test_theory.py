@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from alflb_megatron import cli
 from alflb_megatron.runs import theory
+from alflb_megatron.runs.certifier import POOLED
 from alflb_megatron.runs.job import resolve
 from alflb_megatron.runs.scores import open_scores
 from alflb_megatron.settings import SettingError
-from alflb_megatron.theory.certificate import certify
+from alflb_megatron.theory.certificate import certify, hindsight
 from tests.runs.test_replay import train
 
 
@@ -96,3 +100,33 @@ def test_certificates_of_a_training_are_those_of_its_scores(tmp_path: Path) -> N
 def test_certificates_come_from_every_pipeline_stage(tmp_path: Path) -> None:
     steps = train(tmp_path / "run", "--certify", "3", "--nproc", "2", "--pp", "2", "--ep", "1", "--gate", "softmax")
     assert [row["layer"] for row in steps[2]["certificates"]] == steps[2]["layers"]
+    assert [row["layer"] for row in summary(tmp_path / "run")["regret"]] == steps[2]["layers"]
+
+
+def summary(folder: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
+    return found
+
+
+def test_the_regret_of_a_training_is_that_of_its_scores_and_outlives_the_process(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    words = ["--rule", "sign", "--alflb-step-size", "0.05", "--certify", "1", "--nproc", "1", "--ep", "1"]
+    steps = train(folder, *words, "--record-scores", "3", "--save")
+    regret = summary(folder)["regret"]
+    assert [row["layer"] for row in regret] == steps[0]["layers"]
+    start = torch.zeros(len(regret), 16).tolist()
+    biases = [start, *(step["bias"] for step in steps)]
+    for at, row in enumerate(regret):
+        routed = zip(open_scores(folder), biases, strict=False)
+        samples = [(scores_LTE[at, : POOLED // 3], torch.tensor(bias[at])) for scores_LTE, bias in routed]
+        assert row == {"layer": row["layer"], **hindsight(samples, 2).as_dict()}
+    # broken off before the summary: nothing is trained again, and the samples are still there
+    (folder / "summary.json").unlink()
+    resumed = [sys.executable, "-m", "alflb_megatron.cli", "train", "--resume", "--out", str(folder)]
+    assert subprocess.run(resumed, capture_output=True, timeout=300).returncode == 0
+    assert summary(folder)["regret"] == regret
+    # without a step's samples none is said, and the run still ends well
+    next((folder / "certified").iterdir()).unlink()
+    (folder / "summary.json").unlink()
+    assert subprocess.run(resumed, capture_output=True, timeout=300).returncode == 0
+    assert summary(folder)["regret"] == []

@@ -40,6 +40,7 @@ MEANINGS = {
     "maxvio_mean": "of a global batch, mean over layers and all steps",
     "maxvio_floor": "sampling floor of a global batch",
     "gap": "dual gap per token at the certified steps, mean over steps and layers; empty without --certify",
+    "regret": "against the best fixed bias, per token and certified step, mean over layers; may be negative",
     "modulus": "smallest curvature of the dual per token there, mean; empty where no sample gave one",
     "certified": "certified steps",
     "seconds_per_step": "median",
@@ -74,6 +75,7 @@ def _row(run: Run, out: Path, sweep: Sweep) -> dict[str, Any]:
     if len(maxvio) != run.plan.job.steps:
         raise SettingError("RUN", run.name, f"has records of {len(maxvio)} of its {run.plan.job.steps} steps")
     moduli = [row["modulus"] for row in certificates if row["modulus"] is not None]
+    regret = summary.get("regret")
     alf = run.plan.alf
     used = run.plan.builtin_rate if alf is None else alf.step_size
     published = sweep.published.get(run.group, {})
@@ -99,6 +101,7 @@ def _row(run: Run, out: Path, sweep: Sweep) -> dict[str, Any]:
         "maxvio_mean": statistics.fmean(maxvio),
         "maxvio_floor": floor,
         "gap": statistics.fmean(row["gap"] for row in certificates) if certificates else None,
+        "regret": statistics.fmean(row["regret"] for row in regret) if regret else None,
         "modulus": statistics.fmean(moduli) if moduli else None,
         "certified": certified or None,
         "seconds_per_step": summary["seconds_per_step"],

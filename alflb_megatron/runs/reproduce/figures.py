@@ -97,13 +97,19 @@ def against_published(rows: Rows) -> Figure:
 
 
 def by_step_size(rows: Rows) -> Figure:
-    """What a rule makes of its u: MaxVio of the last steps and global, perplexity and, where certified, dual gap."""
+    """What a rule makes of its u: MaxVio of the last steps and global, perplexity, and where certified the theory's."""
     swept = _swept(rows)
-    columns = [("maxvio_last50", "MaxVio, last 50 steps", True), ("maxvio_global", "MaxVio_global", True),
-               ("perplexity", "validation perplexity", False), ("gap", "dual gap a step, per token", True)]  # fmt: skip
+    columns = [
+        ("maxvio_last50", "MaxVio, last 50 steps", {"value": "log"}),
+        ("maxvio_global", "MaxVio_global", {"value": "log"}),
+        ("perplexity", "validation perplexity", {"value": "linear"}),
+        ("gap", "dual gap a step, per token", {"value": "log"}),
+        ("regret", "regret a step, per token", {"value": "symlog", "linthresh": 1e-3}),
+        ("modulus", "modulus, per token", {"value": "symlog", "linthresh": 1e-2}),
+    ]
     columns = [one for one in columns if any(row[one[0]] is not None for row in rows)]
     figure = figure_class()(figsize=(WIDTH, 3.6 * ((len(columns) + 1) // 2)), dpi=DPI, layout="constrained")
-    for place, (name, title, logarithmic) in enumerate(columns):
+    for place, (name, title, scale) in enumerate(columns):
         axes = figure.add_subplot((len(columns) + 1) // 2, 2, place + 1)
         for index, (rule, by_u) in enumerate(swept.items()):
             points = {u: [row[name] for row in found if row[name] is not None] for u, found in sorted(by_u.items())}
@@ -114,8 +120,7 @@ def by_step_size(rows: Rows) -> Figure:
             low, high = [min(v) for v in points.values()], [max(v) for v in points.values()]
             axes.fill_between(list(points), low, high, color=style["color"], alpha=0.15, linewidth=0)
         axes.set_xscale("log")
-        if logarithmic:
-            axes.set_yscale("log")
+        axes.set_yscale(**scale)
         axes.set_xlabel("u")
         axes.set_ylabel(title)
         _plain(axes)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -47,7 +46,7 @@ def measured(rows: Rows) -> str:
     scaled = any(row["u"] is not None and row["u"] != row["u_used"] for row in rows)
     certified = any(row["gap"] is not None for row in rows)
     head = ["rule", *["u used"] * scaled, "seeds", "validation perplexity", "MaxVio_global", "MaxVio, last 50 steps"]
-    head += ["dual gap a step", "modulus"] * certified
+    head += ["dual gap a step", "regret a step", "modulus"] * certified
     head += ["published perplexity", "published MaxVio_global"] * published
     lines = [head, ["---"] * len(head)]
     for group, found in groups.items():
@@ -58,7 +57,7 @@ def measured(rows: Rows) -> str:
         cells += [str(len(found)), _over(found, "perplexity").text()]
         cells += [_maxvio(_over(found, "maxvio_global")), _maxvio(_over(found, "maxvio_last50"))]
         if certified:
-            cells += [_small(found, "gap"), _small(found, "modulus")]
+            cells += [_small(found, name) for name in ("gap", "regret", "modulus")]
         if published:
             cells += ["" if one[f"published_{f}"] is None else f"{one[f'published_{f}']:g}" for f in FIGURES]
         lines.append(cells)
@@ -71,7 +70,10 @@ def _over(found: Rows, name: str) -> Interval:
 
 def _small(found: Rows, name: str) -> str:
     values = [row[name] for row in found if row[name] is not None]
-    return f"{math.fsum(values) / len(values):.2g}" if values else ""
+    if not values:
+        return ""
+    over = interval(values)
+    return f"{over.mean:.2g}" + ("" if over.half is None else f" ± {over.half:.1g}")
 
 
 def judged(left: Rows, right: Rows, figure: str) -> tuple[Interval, str]:
