@@ -60,7 +60,7 @@ def parts() -> dict[str, str]:
         "collectives": "nccl" if cuda else "gloo",
         "layers": "Transformer Engine" if te else "Megatron-Core, local",
         "adam": Adam.__module__.split(".")[0],
-        "substitutions": ", ".join(substitution.name for substitution in cpu.prepare()) or "none",
+        "substitutions": ", ".join(substitution.name for substitution in cpu.prepare() or cpu.complete()) or "none",
     }
 
 
@@ -147,6 +147,7 @@ def gpt_model(plan: Plan, config: TransformerConfig, vp_stage: int | None = None
 def trainee(plan: Plan) -> Trainee:
     """Model, optimizer and balancer of the plan on this rank; the process groups exist already."""
     job = plan.job
+    cpu.complete()
     config = transformer_config(plan)
     stages: list[int | None] = list(range(job.vpp)) if job.vpp > 1 else [None]
     chunks: list[Any] = [gpt_model(plan, config, stage) for stage in stages]

@@ -282,6 +282,29 @@ for owner, old in zip(owners, before):
 assert "TORCHDYNAMO_DISABLE" not in os.environ and "megatron.core" not in sys.modules
 """
 
+CUDA_ALONE = """
+import torch, torch.distributed as dist
+from alflb_megatron.hosts import cpu
+cpu.prepare(skip={"router_gemm", "adam_step"})
+import megatron.core.transformer.moe.moe_utils as moe_utils
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+torch.cuda.is_available = lambda: True
+owners = torch, torch.cuda, torch.cuda.random, torch.Tensor, dist
+before = [dict(vars(owner)) for owner in owners]
+tokens, weight = torch.rand(4, 8), torch.rand(3, 8)
+names = [substitution.name for substitution in cpu.complete()]
+assert names == ["router_gemm", "adam_step"], names
+assert moe_utils.te_general_gemm is None and DistributedOptimizer.state_dict._alflb_cpu
+logits = moe_utils.router_gating_linear(tokens, weight, None, torch.float32)
+assert torch.equal(logits, tokens @ weight.t())
+for owner, old in zip(owners, before):
+    changed = [name for name in old if vars(owner)[name] is not old[name]]
+    assert not changed, changed
+import megatron.core.extensions.transformer_engine as transformer_engine
+transformer_engine.HAVE_TE = True
+assert cpu.complete() == ()
+"""
+
 TWICE = """
 import torch, torch.distributed as dist
 from alflb_megatron.hosts import cpu
@@ -328,6 +351,7 @@ else:
 
 PROGRAMS = {
     "where CUDA is, nothing changes": UNTOUCHED,
+    "where CUDA is without Transformer Engine, two stand in for it": CUDA_ALONE,
     "twice is once": TWICE,
     "a compiler would be needed": COMPILED,
     "too late is an error": TOO_LATE,

@@ -60,6 +60,8 @@ class Substitution:
     needed_by: str
     why: str
     apply: Callable[[], None]
+    with_cuda: bool = False
+    """Needed with CUDA too, where Transformer Engine is missing."""
 
 
 def put(owner: Any, name: str, replacement: Any) -> None:
@@ -269,6 +271,7 @@ SUBSTITUTIONS: tuple[Substitution, ...] = (
         "transformer/moe/moe_utils.py:forward",
         "0.16 reads `te_general_gemm`, a name that exists only with Transformer Engine: it is None, as from 0.17 on",
         _router_gemm,
+        with_cuda=True,
     ),
     Substitution(
         "adam_step",
@@ -276,6 +279,7 @@ SUBSTITUTIONS: tuple[Substitution, ...] = (
         "optimizer/distrib_optimizer.py:_set_main_param_and_optimizer_states",
         "torch's Adam counts steps by parameter, TE's and apex's by group: lets the distributed optimizer be loaded",
         _adam_step,
+        with_cuda=True,
     ),
 )
 
@@ -300,6 +304,20 @@ def prepare(*, skip: Collection[str] = ()) -> tuple[Substitution, ...]:
     # The generator of the CPU is the tracked one, so upstream's hint that it moved in a fork says nothing here.
     logging.getLogger("megatron.core.tensor_parallel.random").setLevel(logging.ERROR)
     applied = tuple(s for s in SUBSTITUTIONS if s.name not in skip)
+    for substitution in applied:
+        substitution.apply()
+    return applied
+
+
+def complete() -> tuple[Substitution, ...]:
+    """With CUDA, puts in place what stands in for a missing Transformer Engine, and returns it; else changes nothing.
+
+    For trainings of our own, before a model is built: Megatron-Core 0.16 cannot route in float32 without Transformer
+    Engine, on a GPU either. Without CUDA `prepare` has done it.
+    """
+    if not torch.cuda.is_available() or importlib.import_module("megatron.core.extensions.transformer_engine").HAVE_TE:
+        return ()
+    applied = tuple(s for s in SUBSTITUTIONS if s.with_cuda)
     for substitution in applied:
         substitution.apply()
     return applied
