@@ -40,6 +40,7 @@ from alflb_megatron.runs.job import Job
 from alflb_megatron.runs.record import git_revision, maxvio_text, read_json, read_metrics, write_json
 from alflb_megatron.settings import SettingError, given_flags
 from benchmarks import in_training
+from benchmarks.machine import RESULTS, describe
 
 YARDSTICK = "builtin"
 DEFAULTS = {"preset": "deepseek-moe-1b", "steps": "60", "rules": "builtin,sign,quantile,adaptive", "rounds": "3"}
@@ -215,8 +216,6 @@ def over_rounds(rounds: Sequence[Mapping[str, Mapping[str, float]]], rule: str) 
 
 def run(preset: str, rules: Sequence[str], steps: int, rounds: int, flags: Sequence[str], runs: Path, out: Path) -> str:
     """Trains, profiles, writes `out` anew after every round, and returns the table; `TrainingFailed` if one fails."""
-    from benchmarks import machine
-
     def command(rule: str, count: int, number: int, folder: Path) -> list[str]:
         return [*in_training.command(settings(preset, rule, count, in_training.FIRST_SEED + number), folder), *flags]
 
@@ -236,7 +235,7 @@ def run(preset: str, rules: Sequence[str], steps: int, rounds: int, flags: Seque
         config = read_json(runs / f"{YARDSTICK}-{number}" / "config.json")
         job = config["settings"]["job"]
         result = {
-            "machine": machine.describe(),
+            "machine": describe(),
             "git_revision": git_revision(),
             "device": config["parts"]["device"],
             "layers": config["parts"]["layers"],
@@ -255,7 +254,7 @@ def one_gpu_table(result: Mapping[str, Any] | None) -> str:
     """Throughput, balance and memory of each rule, and below it the parts of a step; or how to measure them."""
     if result is None:
         flags = " ".join(f"--{name} {value}" for name, value in DEFAULTS.items())
-        return f"Not measured: no GPU was at hand. To measure: `python -m benchmarks.one_gpu {flags}`"
+        return f"Not measured. To measure, on a machine with a GPU: `python -m benchmarks.one_gpu {flags}`."
     rules = result["rules"]
     lines = [
         f"`{result['preset']}` on {result['device']}: {result['steps']} steps of {result['tokens']:,} tokens in "
@@ -316,7 +315,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--steps", type=int, default=DEFAULTS["steps"], help="global batches a run (%(default)s)")
     parser.add_argument("--rules", default=DEFAULTS["rules"], help=f"{YARDSTICK} among them (%(default)s)")
     parser.add_argument("--rounds", type=int, default=DEFAULTS["rounds"], help="(%(default)s)")
-    parser.add_argument("--out", type=Path, default=Path("docs/results/one_gpu.json"), help="(%(default)s)")
+    parser.add_argument("--out", type=Path, default=RESULTS / "one_gpu.json", help="(%(default)s)")
     parser.add_argument("--runs", type=Path, default=Path("runs/one_gpu"), help="folder of the runs (%(default)s)")
     parser.add_argument("--anyway", action="store_true", help="a DeepSeekMoE preset without CUDA too")
     parser.add_argument("--measure", type=Path, help=argparse.SUPPRESS)  # the process with named ranges

@@ -21,6 +21,7 @@ from benchmarks import (
     cluster_tables,
     cost,
     in_training,
+    one_gpu,
     scale,
     tried,
     upstream_quantile,
@@ -55,6 +56,11 @@ def section(name: str, table: Callable[[dict[str, Any]], str] | None = None) -> 
     if found is None:
         return f"Not measured (`benchmarks/results/{name}.json` is not there)."
     return f"{table(found) if table else ''}\n\n{made(found)}"
+
+
+def one_gpu_section() -> str:
+    found = results("one_gpu")
+    return one_gpu.one_gpu_table(found) + (f"\n\n{made(found)}" if found else "")
 
 
 def missed(found: dict[str, Any]) -> str:
@@ -169,6 +175,13 @@ On megatron-core 0.19.2, with its own quantile balancing:
 {section("cost-mcore-0.19.2", cost.table)}
 
 On a GPU: not measured. Transformer Engine's fused router and a Triton kernel: not measured.
+
+### A training on one GPU
+
+The 1B model of Wang et al. with every rule in turn, ratios of throughput inside one round, memory, and a profile of
+where the router's time goes ([`one_gpu.py`](../benchmarks/one_gpu.py)).
+
+{one_gpu_section()}
 
 ### The all-reduce
 
