@@ -127,9 +127,23 @@ def describe(run: _Run) -> tuple[str, str]:
     return model, f"trained on {data}, {len(run.steps_N):,} steps of {run.tokens:,} tokens"
 
 
-def _draw_lines(axes: Axes, runs: Mapping[str, _Run]) -> None:
-    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+def logarithmic(axes: Axes) -> None:
+    """A logarithmic y axis with plain numbers, as its range allows; called once everything is drawn."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLocator
 
+    axes.set_yscale("log")
+    low, high = axes.get_ylim()
+    decades = math.log10(high / low) if 0 < low < high else 1.0
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if decades < 2.5 else (1,), numticks=8))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.yaxis.set_minor_formatter(NullFormatter())
+    if decades < 0.15:  # no 1, 2 or 5 in sight
+        axes.yaxis.set_major_locator(LogLocator(subs=tuple(range(1, 10)), numticks=99))
+    if decades > 6:
+        axes.yaxis.set_minor_locator(NullLocator())
+
+
+def _draw_lines(axes: Axes, runs: Mapping[str, _Run]) -> None:
     # 10 steps in a short run; in a long one as many as keep the line readable.
     window = max(10, max(len(run.steps_N) for run in runs.values()) // 50)
     for (label, run), colour in zip(runs.items(), COLOURS, strict=False):
@@ -145,10 +159,7 @@ def _draw_lines(axes: Axes, runs: Mapping[str, _Run]) -> None:
             maxvio_text(floor), (1, floor), xycoords=("axes fraction", "data"), xytext=(5, 0),
             textcoords="offset points", va="center", fontsize=9,
         )  # fmt: skip
-    axes.set_yscale("log")
-    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    axes.yaxis.set_minor_formatter(NullFormatter())
+    logarithmic(axes)
     axes.set_xlim(0, max(run.steps_N[-1] for run in runs.values()))
     axes.set_xlabel(f"training step   (thin: every global batch; thick: mean of the last {window} steps)")
     axes.set_ylabel("MaxVio, mean over the MoE layers\n(largest load - mean) / mean")
@@ -236,8 +247,6 @@ def save(figure: Figure, out: Path) -> Path:
 
 def replay_figure(result: Mapping[str, Any]) -> Figure:
     """The figure of `plot_replay`: one axes, a line for each rule and the hindsight, and the floor."""
-    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
-
     floor = result["floor"]
     if not floor > 0:
         raise ValueError("no picture: with topk = experts there is no choice, and MaxVio is 0")
@@ -259,10 +268,7 @@ def replay_figure(result: Mapping[str, Any]) -> Figure:
         positive_S = np.where(smooth_S > 0, smooth_S, np.nan)
         axes.plot(steps_S, positive_S, color=colour, linewidth=width, label=label, marker=marker)
     axes.axhline(1.0, color="black", linestyle=(0, (5, 3)), linewidth=1.2, label="sampling floor (uniform draws)")
-    axes.set_yscale("log")
-    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    axes.yaxis.set_minor_formatter(NullFormatter())
+    logarithmic(axes)
     axes.set_xlim(0, max(1, len(steps_S) - 1))
     axes.set_xlabel("updates made" + f"   (thin: every step; thick: mean of the last {window})" * (window > 1))
     axes.set_ylabel("MaxVio / sampling floor,\nmean over the layers")

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from alflb_megatron.runs.history import History
-from alflb_megatron.runs.plots import COLOURS, figure_class, smooth
+from alflb_megatron.runs.plots import COLOURS, figure_class, logarithmic, smooth
 from alflb_megatron.runs.record import maxvio_text
 from alflb_megatron.runs.steps import Array, clean, number
 
@@ -68,21 +68,6 @@ def _step_axis(axes: Axes, runs: Sequence[History]) -> None:
 
 def steps_text(value: float, largest: float) -> str:
     return f"{value / 1000:g}k" if largest >= 10_000 and value else f"{value:g}"
-
-
-def _log_axis(axes: Axes) -> None:
-    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLocator
-
-    axes.set_yscale("log")
-    low, high = axes.get_ylim()
-    decades = math.log10(high / low) if 0 < low < high else 1.0
-    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if decades < 2.5 else (1,), numticks=8))
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    axes.yaxis.set_minor_formatter(NullFormatter())
-    if decades < 0.15:  # no 1, 2 or 5 in sight
-        axes.yaxis.set_major_locator(LogLocator(subs=tuple(range(1, 10)), numticks=99))
-    if decades > 6:
-        axes.yaxis.set_minor_locator(NullLocator())
 
 
 def _legend(axes: Axes) -> None:
@@ -191,7 +176,7 @@ def maxvio(runs: Sequence[History]) -> Figure | None:
         axes.axhline(floor, color="black", linestyle=(0, (5, 3)), linewidth=1.0, label=name)
     dress(axes)
     _step_axis(axes, runs)
-    _log_axis(axes)
+    logarithmic(axes)
     _name_floors(axes, floors)
     axes.set_xlabel("training step" + _window_text(window))
     axes.set_ylabel("MaxVio, mean over the layers\n(largest load - mean) / mean")
@@ -297,7 +282,7 @@ def certificates(runs: Sequence[History]) -> Figure | None:
         dress(axes)
         _step_axis(axes, certified)
         axes.xaxis.get_major_locator().set_params(nbins=4)
-        _log_axis(axes)
+        logarithmic(axes)
         axes.tick_params(labelsize=8)
         axes.set_ylabel(text, fontsize=9)
     if not found:

@@ -42,6 +42,7 @@ MEANINGS = {
     "gap": "dual gap per token at the certified steps, mean over steps and layers; empty without --certify",
     "regret": "against the best fixed bias, per token and certified step, mean over layers; may be negative",
     "modulus": "smallest curvature of the dual per token there, mean; empty where no sample gave one",
+    "largest_step": "u from which the proportional rule overshoots, 2 K / (E largest curvature), median there",
     "certified": "certified steps",
     "seconds_per_step": "median",
     "maxvio_curve": f"MaxVio over the steps: means over {POINTS} equal stretches, separated by spaces",
@@ -75,6 +76,7 @@ def _row(run: Run, out: Path, sweep: Sweep) -> dict[str, Any]:
     if len(maxvio) != run.plan.job.steps:
         raise SettingError("RUN", run.name, f"has records of {len(maxvio)} of its {run.plan.job.steps} steps")
     moduli = [row["modulus"] for row in certificates if row["modulus"] is not None]
+    limits = [row["largest_step"] for row in certificates if row["largest_step"] is not None]
     regret = summary.get("regret")
     alf = run.plan.alf
     used = run.plan.builtin_rate if alf is None else alf.step_size
@@ -103,6 +105,7 @@ def _row(run: Run, out: Path, sweep: Sweep) -> dict[str, Any]:
         "gap": statistics.fmean(row["gap"] for row in certificates) if certificates else None,
         "regret": statistics.fmean(row["regret"] for row in regret) if regret else None,
         "modulus": statistics.fmean(moduli) if moduli else None,
+        "largest_step": statistics.median(limits) if limits else None,
         "certified": certified or None,
         "seconds_per_step": summary["seconds_per_step"],
         "maxvio_curve": " ".join(f"{value:.5g}" for value in stretches(maxvio)),
@@ -205,3 +208,13 @@ def by_group(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[Mapping[str, A
     for row in rows:
         found.setdefault(row["group"], []).append(row)
     return found
+
+
+def swept(rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[float, list[Mapping[str, Any]]]]:
+    """Rule -> u -> rows, of the rules that the first row's model and gate has with two u or more."""
+    found: dict[str, dict[float, list[Mapping[str, Any]]]] = {}
+    first = rows[0]
+    for row in rows:
+        if row["u"] is not None and (row["model"], row["gate"]) == (first["model"], first["gate"]):
+            found.setdefault(row["rule"], {}).setdefault(row["u"], []).append(row)
+    return {rule: by_u for rule, by_u in found.items() if len(by_u) > 1}

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from alflb_megatron.runs.plots import COLOURS, DPI, WIDTH, figure_class, save
-from alflb_megatron.runs.reproduce.collect import by_group, interval
+from alflb_megatron.runs.plots import COLOURS, DPI, WIDTH, figure_class, logarithmic, save
+from alflb_megatron.runs.reproduce.collect import by_group, interval, swept
 from alflb_megatron.runs.reproduce.tables import label, labels
 
 if TYPE_CHECKING:
@@ -51,7 +51,7 @@ def course(rows: Rows) -> Figure:
                 )
         floor = next(iter(groups.values()))[0]["maxvio_floor"]
         axes.axhline(floor, color="black", linestyle=(0, (5, 3)), linewidth=1, label="sampling floor")
-        axes.set_yscale("log")
+        logarithmic(axes)
         axes.set_xlim(left=0)
         axes.set_title(f"{model}, {gate}", loc="left", fontsize=10.5)
         axes.set_ylabel("MaxVio of a global batch")
@@ -69,7 +69,7 @@ def against_published(rows: Rows) -> Figure:
     first = {(f[0]["model"], f[0]["gate"]): f for f in reversed(groups.values())}
     figure = figure_class()(figsize=(WIDTH, 1.5 + 0.36 * len(groups)), dpi=DPI, layout="constrained")
     y = np.arange(len(groups))[::-1]
-    for place, title in enumerate(("MaxVio_global", "perplexity above the first of its model and gate, %")):
+    for place, title in enumerate(("MaxVio_global", "perplexity, % above the first row\nof its model and gate")):
         axes = figure.add_subplot(1, 2, place + 1)
         measured = []
         published = []
@@ -98,20 +98,26 @@ def against_published(rows: Rows) -> Figure:
 
 def by_step_size(rows: Rows) -> Figure:
     """What a rule makes of its u: MaxVio of the last steps and global, perplexity, and where certified the theory's."""
-    swept = _swept(rows)
-    columns = [
-        ("maxvio_last50", "MaxVio, last 50 steps", {"value": "log"}),
-        ("maxvio_global", "MaxVio_global", {"value": "log"}),
-        ("perplexity", "validation perplexity", {"value": "linear"}),
-        ("gap", "dual gap a step, per token", {"value": "log"}),
-        ("regret", "regret a step, per token", {"value": "symlog", "linthresh": 1e-3}),
-        ("modulus", "modulus, per token", {"value": "symlog", "linthresh": 1e-2}),
+    found_by_rule = swept(rows)
+    times = {round(row["u_used"] / row["u"], 6) for row in rows if row["u"]}
+    unit = (
+        "u"
+        if times == {1}
+        else f"u as the plan names it ({', '.join(f'{k:g}' for k in sorted(times))} times as much here)"
+    )
+    columns: list[tuple[str, str, float | None]] = [  # logarithmic beyond the last: None all of it, 0 none of it
+        ("maxvio_last50", "MaxVio, last 50 steps", None),
+        ("maxvio_global", "MaxVio_global", None),
+        ("perplexity", "validation perplexity", 0),
+        ("gap", "dual gap a step, per token", None),
+        ("regret", "regret a step, per token", 1e-3),
+        ("modulus", "modulus, per token", 1e-2),
     ]
     columns = [one for one in columns if any(row[one[0]] is not None for row in rows)]
     figure = figure_class()(figsize=(WIDTH, 3.6 * ((len(columns) + 1) // 2)), dpi=DPI, layout="constrained")
-    for place, (name, title, scale) in enumerate(columns):
+    for place, (name, title, linear_below) in enumerate(columns):
         axes = figure.add_subplot((len(columns) + 1) // 2, 2, place + 1)
-        for index, (rule, by_u) in enumerate(swept.items()):
+        for index, (rule, by_u) in enumerate(found_by_rule.items()):
             points = {u: [row[name] for row in found if row[name] is not None] for u, found in sorted(by_u.items())}
             points = {u: values for u, values in points.items() if values}
             means = [interval(values) for values in points.values()]
@@ -120,8 +126,11 @@ def by_step_size(rows: Rows) -> Figure:
             low, high = [min(v) for v in points.values()], [max(v) for v in points.values()]
             axes.fill_between(list(points), low, high, color=style["color"], alpha=0.15, linewidth=0)
         axes.set_xscale("log")
-        axes.set_yscale(**scale)
-        axes.set_xlabel("u")
+        if linear_below is None:
+            logarithmic(axes)
+        elif linear_below > 0:
+            axes.set_yscale("symlog", linthresh=linear_below)
+        axes.set_xlabel(unit)
         axes.set_ylabel(title)
         _plain(axes)
         if place == 0:
@@ -129,21 +138,23 @@ def by_step_size(rows: Rows) -> Figure:
     return figure
 
 
-def _swept(rows: Rows) -> dict[str, dict[float, list[Any]]]:
-    """Rule -> u -> rows, of rules with two or more u in one model and gate."""
-    found: dict[str, dict[float, list[Any]]] = {}
-    first = rows[0]
-    for row in rows:
-        if row["u"] is not None and (row["model"], row["gate"]) == (first["model"], first["gate"]):
-            found.setdefault(row["rule"], {}).setdefault(row["u"], []).append(row)
-    return {rule: by_u for rule, by_u in found.items() if len(by_u) > 1}
+def _wanted(name: str, rows: Rows) -> dict[str, Callable[[Rows], Figure]]:
+    """File name -> figure, of every figure that the rows have something for."""
+    wanted = {"course": course}
+    if swept(rows):
+        wanted["step-size"] = by_step_size
+    if any(row["published_maxvio_global"] is not None for row in rows):
+        wanted["published"] = against_published
+    return {f"{name}-{kind}.png": figure for kind, figure in wanted.items()}
+
+
+def names(name: str, rows: Rows) -> list[str]:
+    """The files that `draw` writes."""
+    return list(_wanted(name, rows))
 
 
 def draw(name: str, rows: Rows, out: Path) -> list[str]:
     """Draws every figure that the rows have something for into `out`, and returns the files' names."""
-    wanted = {"course": course}
-    if _swept(rows):
-        wanted["step-size"] = by_step_size
-    if any(row["published_maxvio_global"] is not None for row in rows):
-        wanted["published"] = against_published
-    return [save(figure(rows), out / f"{name}-{kind}.png").name for kind, figure in wanted.items()]
+    for file, figure in (wanted := _wanted(name, rows)).items():
+        save(figure(rows), out / file)
+    return list(wanted)

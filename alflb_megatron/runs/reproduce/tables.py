@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from alflb_megatron.runs.record import maxvio_text
-from alflb_megatron.runs.reproduce.collect import Interval, by_group, interval
+from alflb_megatron.runs.reproduce.collect import Interval, by_group, interval, swept
 from alflb_megatron.runs.reproduce.plan import FIGURES, Sweep
 
 Rows = Sequence[Mapping[str, Any]]
@@ -46,7 +46,7 @@ def measured(rows: Rows) -> str:
     scaled = any(row["u"] is not None and row["u"] != row["u_used"] for row in rows)
     certified = any(row["gap"] is not None for row in rows)
     head = ["rule", *["u used"] * scaled, "seeds", "validation perplexity", "MaxVio_global", "MaxVio, last 50 steps"]
-    head += ["dual gap a step", "regret a step", "modulus"] * certified
+    head += ["dual gap a step", "regret a step", "modulus", "2 K / (E largest curvature)"] * certified
     head += ["published perplexity", "published MaxVio_global"] * published
     lines = [head, ["---"] * len(head)]
     for group, found in groups.items():
@@ -57,7 +57,7 @@ def measured(rows: Rows) -> str:
         cells += [str(len(found)), _over(found, "perplexity").text()]
         cells += [_maxvio(_over(found, "maxvio_global")), _maxvio(_over(found, "maxvio_last50"))]
         if certified:
-            cells += [_small(found, name) for name in ("gap", "regret", "modulus")]
+            cells += [_small(found, name) for name in ("gap", "regret", "modulus", "largest_step")]
         if published:
             cells += ["" if one[f"published_{f}"] is None else f"{one[f'published_{f}']:g}" for f in FIGURES]
         lines.append(cells)
@@ -74,6 +74,25 @@ def _small(found: Rows, name: str) -> str:
         return ""
     over = interval(values)
     return f"{over.mean:.2g}" + ("" if over.half is None else f" ± {over.half:.1g}")
+
+
+def best_steps(rows: Rows) -> str:
+    """For each rule that was swept over u: the u with the least mean of each figure, that mean, and how many of the
+    rule's u stay within twice it; empty where nothing was swept."""
+    figures = {"maxvio_global": "MaxVio_global", "maxvio_last50": "MaxVio, last 50 steps", "gap": "dual gap a step"}
+    found = {rule: by_u for rule, by_u in swept(rows).items() if rule != "none"}
+    shown = {name: title for name, title in figures.items() if any(row[name] is not None for row in rows)}
+    lines = [["rule", "u tried", *(f"best u, {title}" for title in shown.values())]]
+    lines.append(["---"] * len(lines[0]))
+    for rule, by_u in found.items():
+        cells = [rule, str(len(by_u))]
+        for name in shown:
+            means = {u: _over(group, name).mean for u, group in by_u.items()}
+            least = min(means, key=lambda u: means[u])
+            near = sum(mean <= 2 * means[least] for mean in means.values())
+            cells.append(f"{least:g}: {means[least]:.2g} ({near} within twice)")
+        lines.append(cells)
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines) if found else ""
 
 
 def judged(left: Rows, right: Rows, figure: str) -> tuple[Interval, str]:
@@ -142,6 +161,8 @@ def page(sweep: Sweep, rows: Rows, figures: Sequence[str], folder: str = "") -> 
         measured(rows),
         *([f"Published figures: {sweep.source}."] if sweep.source else []),
     ]
+    if best := best_steps(rows):
+        parts += ["The best step size of each rule, chosen on these very seeds:", best]
     if sweep.compare:
         parts += ["Differences paired by seed; a verdict needs an interval that leaves out zero:"]
         parts += [orders(rows, sweep.compare)]
