@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -17,8 +18,8 @@ from alflb_megatron.theory.certificate import certify, hindsight
 SAMPLE = 16_384
 """Tokens of a sample at the most: the first that the rank routes in the step."""
 
-POOLED = 4_096
-"""Tokens of all certified steps together, at least one of each, that the regret of a run is measured on."""
+POOLED, STEPS = 4_096, 64
+"""Tokens in all, and certified steps at the most, that the regret of a run is measured on."""
 
 FOLDER = "certified"
 FILE = "step_{step:07d}.stage_{stage}.safetensors"
@@ -36,6 +37,8 @@ class Certifier:
         stage: pipeline stage of the rank.
 
     `begin` before a step, `finish` after it. The bias is that with which the sample was routed, not the updated one.
+    Tokens come by position in the sequence, and scores depend on it: a sample is shuffled, seeded by its step, before
+    any part of it is taken.
     """
 
     def __init__(
@@ -43,7 +46,8 @@ class Certifier:
     ) -> None:
         self.routers, self.topk, self.every, self.stage = dict(routers), topk, every, stage
         self.certified = range(every, steps + 1, every)
-        self.kept = max(1, POOLED // max(1, len(self.certified)))
+        self.pooled = self.certified[:: max(1, math.ceil(len(self.certified) / STEPS))]
+        self.kept = POOLED // max(1, len(self.pooled))
         self.folder = folder / FOLDER
         self._step = 0
         self._sample: dict[int, list[Tensor]] = {}
@@ -74,9 +78,12 @@ class Certifier:
         for layer, parts in self._sample.items():
             scores_TE = torch.cat(parts) if parts else torch.empty(0, 1)
             if scores_TE.numel() and scores_TE.isfinite().all():
+                scores_TE = scores_TE[
+                    torch.randperm(len(scores_TE), generator=torch.Generator().manual_seed(self._step))
+                ]
                 rows.append({"layer": layer, **certify(scores_TE, self.topk, self._bias[layer]).as_dict()})
                 kept |= {f"scores_{layer}": scores_TE[: self.kept].clone(), f"bias_{layer}": self._bias[layer]}
-        if kept:
+        if kept and self._step in self.pooled:
             self.folder.mkdir(parents=True, exist_ok=True)
             path = self._file(self._step)
             part = path.with_name(f".{path.name}.part")
@@ -89,12 +96,12 @@ class Certifier:
         return self.folder / FILE.format(step=step, stage=self.stage)
 
     def regret(self) -> list[dict[str, Any]]:
-        """The regret of each layer over all certified steps of the run, those before a restart included.
+        """The regret of each layer over the run's certified steps, those before a restart included.
 
         None for a layer of which a step is missing: its scores were not finite, or its file is gone or broken.
         """
         samples: dict[int, list[tuple[Tensor, Tensor]]] = {layer: [] for layer in self.routers}
-        for step in self.certified if self.routers else ():
+        for step in self.pooled if self.routers else ():
             try:
                 kept = load_file(self._file(step))
             except (OSError, SafetensorError):
@@ -105,5 +112,5 @@ class Certifier:
         return [
             {"layer": layer, **hindsight(found, self.topk).as_dict()}
             for layer, found in samples.items()
-            if found and len(found) == len(self.certified)
+            if found and len(found) == len(self.pooled)
         ]

@@ -3,6 +3,7 @@
     about: one sentence, printed above the tables
     seeds: {full: [1], mini: [1, 2, 3]}         by scale
     train: {data: PREFIX, nproc: 64, ep: 8}     settings of `alflb train` for every run, by the names of its flags
+    at: {mini: {certify: 20}}                   settings at one scale alone, over all others
     runs:                                       a run for every combination of what stands in lists, and every seed
       - {model: deepseek-moe-1b, gate: sigmoid, rule: none, aux: 1e-3}
       - {model: deepseek-moe-1b, gate: sigmoid, rule: sign, u: [1e-2, 1e-3], settings: {alflb_centring: false}}
@@ -41,7 +42,7 @@ LARGEST = 2**20
 FIGURES = ("perplexity", "maxvio_global")
 """What a plan can give as published."""
 
-_KEYS = {"about", "seeds", "train", "runs", "published", "source", "compare", "scale_u", "cluster", "executor"}
+_KEYS = {"about", "seeds", "train", "runs", "published", "source", "compare", "scale_u", "cluster", "executor", "at"}
 _ROW = {"model", "gate", "rule", "u", "aux", "settings"}
 _SCALE = {"about", "train", "models", "u_times"}
 _OWN = {"preset", "rule", "seed", "out", "resume", "json", "gate", "aux_loss_coeff"}
@@ -159,7 +160,10 @@ def read(path: Path, scale: str = FULL) -> Sweep:
         raise SettingError("--scale", scale, f"must be one of {', '.join(scales)}")
     shrunk = scales[scale]
     _known(shipped() / "scales.yaml", f"key of {scale}", shrunk, _SCALE)
-    seeds = _mapping(path, text.get("seeds", {}), "seeds").get(scale, [1234])
+    by_scale = {key: _mapping(path, text.get(key, {}), key) for key in ("seeds", "at")}
+    for key, given in by_scale.items():
+        _known(path, f"scale of {key}", given, set(scales))
+    seeds, here = by_scale["seeds"].get(scale, [1234]), _settings(path, by_scale["at"].get(scale, {}))
     if not isinstance(seeds, list) or not seeds or not all(type(seed) is int for seed in seeds):
         raise SettingError(str(path), f"seeds: {seeds}", f"seeds of {scale} must be a list of whole numbers")
     rows = text.get("runs")
@@ -171,7 +175,7 @@ def read(path: Path, scale: str = FULL) -> Sweep:
     runs = []
     for seed in seeds:
         for cell in cells:
-            small = {**shrunk.get("train", {}), **shrunk.get("models", {}).get(cell.model, {})}
+            small = {**shrunk.get("train", {}), **shrunk.get("models", {}).get(cell.model, {}), **here}
             if shrunk.get("models") and cell.model not in shrunk["models"]:
                 raise SettingError(str(path), cell.model, f"--scale {scale} knows {', '.join(shrunk['models'])}")
             runs.append(_run(path, cell, {**train, **cell.settings, **small}, seed, float(times.get(cell.rule, 1))))

@@ -11,7 +11,13 @@ from alflb_megatron.runs.reproduce.plan import FIGURES, Sweep
 
 Rows = Sequence[Mapping[str, Any]]
 
-NAMES = {"perplexity": "validation perplexity", "maxvio_global": "MaxVio_global"}
+NAMES = {
+    "perplexity": "validation perplexity",
+    "maxvio_global": "MaxVio_global",
+    "maxvio_last50": "MaxVio, last 50 steps",
+    "maxvio_mean": "MaxVio, all steps",
+}
+"""The figures of every table; the first two are those that papers publish."""
 
 
 def label(row: Mapping[str, Any], models: int = 1, gates: int = 1) -> str:
@@ -45,7 +51,7 @@ def measured(rows: Rows) -> str:
     published = any(row[f"published_{figure}"] is not None for row in rows for figure in FIGURES)
     scaled = any(row["u"] is not None and row["u"] != row["u_used"] for row in rows)
     certified = any(row["gap"] is not None for row in rows)
-    head = ["rule", *["u used"] * scaled, "seeds", "validation perplexity", "MaxVio_global", "MaxVio, last 50 steps"]
+    head = ["rule", *["u used"] * scaled, "seeds", *NAMES.values()]
     head += ["dual gap a step", "regret a step", "modulus", "2 K / (E largest curvature)"] * certified
     head += ["published perplexity", "published MaxVio_global"] * published
     lines = [head, ["---"] * len(head)]
@@ -55,7 +61,7 @@ def measured(rows: Rows) -> str:
         if scaled:
             cells.append("" if one["u"] is None else f"{one['u_used']:g}")
         cells += [str(len(found)), _over(found, "perplexity").text()]
-        cells += [_maxvio(_over(found, "maxvio_global")), _maxvio(_over(found, "maxvio_last50"))]
+        cells += [_maxvio(_over(found, name)) for name in NAMES if name != "perplexity"]
         if certified:
             cells += [_small(found, name) for name in ("gap", "regret", "modulus", "largest_step")]
         if published:
@@ -79,7 +85,7 @@ def _small(found: Rows, name: str) -> str:
 def best_steps(rows: Rows) -> str:
     """For each rule that was swept over u: the u with the least mean of each figure, that mean, and how many of the
     rule's u stay within twice it; empty where nothing was swept."""
-    figures = {"maxvio_global": "MaxVio_global", "maxvio_last50": "MaxVio, last 50 steps", "gap": "dual gap a step"}
+    figures = {**{name: NAMES[name] for name in ("maxvio_global", "maxvio_last50")}, "gap": "dual gap a step"}
     found = {rule: by_u for rule, by_u in swept(rows).items() if rule != "none"}
     shown = {name: title for name, title in figures.items() if any(row[name] is not None for row in rows)}
     lines = [["rule", "u tried", *(f"best u, {title}" for title in shown.values())]]
@@ -95,6 +101,12 @@ def best_steps(rows: Rows) -> str:
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines) if found else ""
 
 
+def _published(left: Rows, right: Rows, figure: str) -> float | None:
+    """The published difference left - right; None where either was not published."""
+    one, other = (rows[0].get(f"published_{figure}") for rows in (left, right))
+    return None if one is None or other is None else one - other
+
+
 def judged(left: Rows, right: Rows, figure: str) -> tuple[Interval, str]:
     """The difference left - right, paired by seed, with its interval, and what it says of the published one.
 
@@ -103,12 +115,12 @@ def judged(left: Rows, right: Rows, figure: str) -> tuple[Interval, str]:
     """
     other = {row["seed"]: row[figure] for row in right}
     difference = interval([row[figure] - other[row["seed"]] for row in left if row["seed"] in other])
-    said = [rows[0][f"published_{figure}"] for rows in (left, right)]
+    said = _published(left, right, figure)
     if difference.half is None or abs(difference.mean) <= difference.half:
         return difference, "not decided"
-    if None in said or said[0] == said[1]:
+    if not said:
         return difference, "clear"
-    return difference, "holds" if (difference.mean < 0) == (said[0] < said[1]) else "reversed"
+    return difference, "holds" if (difference.mean < 0) == (said < 0) else "reversed"
 
 
 def orders(rows: Rows, compare: Sequence[tuple[str, str]]) -> str:
@@ -116,16 +128,14 @@ def orders(rows: Rows, compare: Sequence[tuple[str, str]]) -> str:
     names, groups = labels(rows), by_group(rows)
     lines = ["| pair | figure | published difference | measured difference | verdict |", "|---|---|---|---|---|"]
     for one, other in compare:
-        for figure in FIGURES:
+        for figure in NAMES:
             left, right = groups[one], groups[other]
             difference, verdict = judged(left, right, figure)
-            said = [found[0][f"published_{figure}"] for found in (left, right)]
-            published = "" if None in said else f"{said[0] - said[1]:+.3g}"
+            said = _published(left, right, figure)
+            published = "" if said is None else f"{said:+.3g}"
             half = "" if difference.half is None else f" ± {difference.half:.3f}"
-            lines.append(
-                f"| {names[one]} - {names[other]} | {NAMES[figure]} | {published} | {difference.mean:+.3f}{half} "
-                f"| {verdict} |"
-            )
+            pair = f"{names[one]} - {names[other]}" if figure == next(iter(NAMES)) else ""
+            lines.append(f"| {pair} | {NAMES[figure]} | {published} | {difference.mean:+.3f}{half} | {verdict} |")
     return "\n".join(lines) if compare else ""
 
 
