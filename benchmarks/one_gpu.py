@@ -216,6 +216,7 @@ def over_rounds(rounds: Sequence[Mapping[str, Mapping[str, float]]], rule: str) 
 
 def run(preset: str, rules: Sequence[str], steps: int, rounds: int, flags: Sequence[str], runs: Path, out: Path) -> str:
     """Trains, profiles, writes `out` anew after every round, and returns the table; `TrainingFailed` if one fails."""
+
     def command(rule: str, count: int, number: int, folder: Path) -> list[str]:
         return [*in_training.command(settings(preset, rule, count, in_training.FIRST_SEED + number), folder), *flags]
 

@@ -14,6 +14,7 @@ from alflb_megatron.hosts.cpu import trainers
 from alflb_megatron.models import ModelShape
 from alflb_megatron.runs.data.prepare import Preparation
 from alflb_megatron.runs.job import Job
+from alflb_megatron.runs.reproduce import collect, figures, plan, tables
 from alflb_megatron.settings import markdown_table
 
 HERE = Path(__file__).parent
@@ -71,8 +72,9 @@ Megatron-Core's own switches come first. Environment: {", ".join(f"`{k}={v}`" fo
 |---|---|
 {switches}
 
-What no switch reaches is substituted. Each entry has no effect where CUDA is there; a test leaves each one out and
-shows the failure upstream.
+What no switch reaches is substituted. No entry has an effect where CUDA is there, but for
+{" and ".join(f"`{s.name}`" for s in cpu.SUBSTITUTIONS if s.with_cuda)}, which stand in for Transformer Engine and
+are put in place without it on a GPU too. A test leaves each one out and shows the failure upstream.
 
 {cpu.markdown_table()}
 
@@ -174,14 +176,37 @@ def _counts(counts: dict[str, int], mark: str = "") -> str:
     return " | ".join(f"{mark}{counts[key]:,}{mark}" for key in ("tried", "survived", "lost"))
 
 
+SWEEPS = ("wang2024", "han_zhong", "beyond")
+
+
+def results() -> str:
+    """The page as it is, its tables from docs/results/*-mini.csv and the figures that `draw_results` draws."""
+    text = (HERE / "results.md").read_text(encoding="utf-8")
+    for name in SWEEPS:
+        rows = collect.read_csv(HERE / "results" / f"{name}-mini.csv")
+        sweep = plan.read(plan.find(name), "mini")
+        block = tables.page(sweep, rows, figures.names(name, rows), folder="results/")
+        between = f"<!-- {name} -->\n\n{block}\n<!-- /{name} -->"
+        text = re.sub(rf"<!-- {name} -->.*<!-- /{name} -->", lambda _, new=between: new, text, flags=re.S)
+    return text
+
+
+def draw_results() -> None:
+    """Every figure of docs/results.md."""
+    for name in SWEEPS:
+        figures.draw(name, collect.read_csv(HERE / "results" / f"{name}-mini.csv"), HERE / "results")
+
+
 PAGES = {
     "settings.md": settings,
     "without-cuda.md": without_cuda,
     "reliability.md": reliability,
     "watching.md": watching,
+    "results.md": results,
 }
 
 
 if __name__ == "__main__":
     for name, page in PAGES.items():
         (HERE / name).write_text(page(), encoding="utf-8")
+    draw_results()

@@ -356,6 +356,19 @@ def test_verdicts(left: list[float], right: list[float], published: tuple[Any, A
     assert found[1] == verdict
 
 
+def test_the_best_u_of_each_rule_is_that_of_its_means() -> None:
+    swept = [
+        {"group": f"{rule}{u}", "model": "m", "gate": "g", "rule": rule, "u": u, "seed": seed, "gap": None,
+         "maxvio_global": value * (1 + seed / 10), "maxvio_last50": 1 / value}
+        for rule, by_u in {"sign": {0.1: 3.0, 0.01: 1.0, 0.001: 1.9}, "sqrt": {1.0: 2.0}}.items()
+        for u, value in by_u.items()
+        for seed in (0, 1)
+    ]  # fmt: skip
+    _, _, *lines = tables.best_steps(swept).splitlines()
+    assert lines == ["| sign | 3 | 0.01: 1.1 (2 within twice) | 0.1: 0.33 (2 within twice) |"]
+    assert tables.best_steps([row for row in swept if row["rule"] == "sqrt"]) == ""
+
+
 def test_curves_are_means_over_equal_stretches() -> None:
     assert collect.stretches([1, 2, 3, 4, 5, 6], 3) == [1.5, 3.5, 5.5]
     assert collect.stretches([1, 2], 3) == [1, 2]
