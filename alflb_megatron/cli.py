@@ -9,6 +9,7 @@ import re
 import sys
 import warnings
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, NoReturn
 
 from alflb_megatron import __version__
@@ -27,7 +28,7 @@ from alflb_megatron.runs.doctor import run as run_doctor
 from alflb_megatron.runs.job import Job, Plan, resolve, resolve_resumed
 from alflb_megatron.runs.patch import add_arguments as add_patch_flags
 from alflb_megatron.runs.patch import run as run_patch
-from alflb_megatron.runs.record import saved_settings
+from alflb_megatron.runs.record import has_checkpoint, saved_settings
 from alflb_megatron.runs.replay import add_arguments as add_replay_flags
 from alflb_megatron.runs.replay import run as run_replay
 from alflb_megatron.runs.report import add_arguments as add_report_flags
@@ -121,6 +122,8 @@ def plan_of(arguments: argparse.Namespace) -> Plan:
         if job.setdefault("nproc", world) != world:
             raise SettingError("--nproc", job["nproc"], f"must be left out under a launcher, or be its {world} ranks")
     shape, alf = given_flags(arguments, ModelShape), given_flags(arguments, ALFConfig, PREFIX)
+    if job.get("requeue") and has_checkpoint(Path(Job(**job).folder)):
+        job["resume"] = True
     if not job.get("resume") or job.get("load"):
         return resolve(job, shape, alf)
     folder = Job(**job).folder

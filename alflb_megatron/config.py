@@ -84,13 +84,16 @@ class ALFConfig:
         return rules.make(self.rule, **options)
 
 
-def parse_options(text: str) -> dict[str, Any]:
-    """`"floor=0.01,restart=true"` as a dict; values are read as JSON where they can be, else taken as text."""
+def parse_options(text: str, flag: str = "--alflb-rule-options") -> dict[str, Any]:
+    """`"floor=0.01,restart=true"` as a dict; values are read as JSON where they can be, else taken as text.
+
+    Raises `SettingError` that names `flag`.
+    """
     options: dict[str, Any] = {}
     for part in filter(None, (p.strip() for p in text.split(","))):
         name, equals, value = part.partition("=")
         if not equals or not name.strip():
-            raise SettingError("--alflb-rule-options", part, "must be name=value, several separated by commas")
+            raise SettingError(flag, part, "must be name=value, several separated by commas")
         try:
             options[name.strip()] = json.loads(value)
         except (ValueError, RecursionError):  # also a number of thousands of digits, and brackets nested as deeply

@@ -18,6 +18,7 @@ import importlib
 import importlib.util
 import json
 import os
+import re
 import shlex
 import sys
 from collections.abc import Sequence
@@ -99,13 +100,13 @@ class SkypilotJob(Contained):
 
 
 def _pairs(flag: str, text: str, separator: str) -> list[tuple[str, str]]:
-    """`"a=b,c=d"` as pairs; `SettingError` on a part without the separator."""
+    """`"a=b,c=d"` as pairs, `"a:b"` also with semicolons between; `SettingError` on a part without the separator."""
     found = []
-    for part in filter(None, (p.strip() for p in text.split(","))):
-        left, sign, right = part.partition(separator)
-        if not (left and sign):
+    for part in filter(None, (p.strip() for p in re.split("[,;]" if separator == ":" else ",", text))):
+        pair = re.fullmatch(rf"((?:\w+://)?[^{separator}]+){separator}(.*)", part)  # the colon of s3:// is none of ours
+        if pair is None:
             raise SettingError(flag, part, f"must be two names joined by {separator!r}, several separated by commas")
-        found.append((left, right))
+        found.append((pair[1], pair[2]))
     return found
 
 

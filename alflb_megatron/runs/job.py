@@ -86,6 +86,9 @@ class Job:
     grouped_gemm: bool = knob(False, "experts as one grouped matrix product (needs Transformer Engine)")
     out: str = knob("", "run folder; default runs/<preset>-<rule>-<seed>", metavar="DIR")
     resume: bool = knob(False, "go on from the last checkpoint in the run folder")
+    requeue: bool = knob(
+        False, "go on from the last checkpoint if there is one, else begin: for schedulers that start a job again"
+    )
     load: str = knob("", "start from this checkpoint folder of another run", metavar="DIR")
     bias: str = knob(
         "",
@@ -244,7 +247,14 @@ def resolve_resumed(
     own.pop("rule", None)
     if job.get("rule", before.job.rule) != before.job.rule:
         own = {}
-    this_time: dict[str, Any] = {"json": False, "load": "", "bias": "", "record_scores": 0, "resume": True}
+    this_time: dict[str, Any] = {
+        "json": False,
+        "load": "",
+        "bias": "",
+        "record_scores": 0,
+        "resume": True,
+        "requeue": False,
+    }
     if {"tp", "ep"} & job.keys():
         this_time["etp"] = 0
     return resolve(

@@ -86,9 +86,10 @@ def test_full_size_is_the_presets_and_the_scale_says_what_it_divided() -> None:
     assert (one.shape.hidden_size, one.shape.num_experts, one.job.steps, one.job.global_batch_size) == (
         1024, 64, 40_000, 1152,
     )  # fmt: skip
-    assert mini.factors()["deepseek-moe-1b"]["steps"] == (40_000, mini.runs[0].plan.job.steps)
-    assert mini.factors()["deepseek-moe-1b"]["hidden_size"] == (1024, mini.runs[0].plan.shape.hidden_size)
-    assert full.hours() > 100 and not full.factors()["deepseek-moe-1b"]
+    assert mini.changes()["deepseek-moe-1b"]["steps"] == (40_000, mini.runs[0].plan.job.steps)
+    assert mini.changes()["deepseek-moe-1b"]["hidden_size"] == (1024, mini.runs[0].plan.shape.hidden_size)
+    assert mini.changes()["deepseek-moe-1b"]["dtype"] == ("bf16", "fp32")
+    assert full.hours() > 100 and not full.changes()["deepseek-moe-1b"]
 
 
 def test_u_is_scaled_where_plan_and_scale_say_so_and_keeps_its_name() -> None:
@@ -124,6 +125,11 @@ def test_flags_give_the_run_back() -> None:
         (changed(train={"stepps": 3}), "stepps: no such setting of alflb train"),
         (changed(train={"alflb_step_size": 3}), "is given by a run's own keys"),
         (changed(seeds={"smoke": ["x"]}), "must be a list of whole numbers"),
+        (changed(seeds={"smoke": [1], "smok": [1]}), "smok: no such scale of seeds"),
+        (changed(at={"smoke": {"stepps": 3}}), "stepps: no such setting of alflb train"),
+        (changed(runs=[{"model": "deepseek-moe-1b", "rule": "sign", "u": []}]), "must not have an empty list"),
+        (changed(published={"deepseek-moe-1b.sigmoid.none": {"perplexity": "abc"}}), "must be a number"),
+        (changed(scale_u="no"), "must be true or false"),
         (changed(published={"nobody": {"perplexity": 1}}), "published: nobody: no such run"),
         (changed(compare=[["a", "b"]]), "must be two runs' names"),
         (changed(cluster={"utilisation": 2}), "must be above 0 and at most 1"),
@@ -245,6 +251,19 @@ def test_stopped_at_every_stage_it_loses_and_repeats_nothing(whole: Path, tmp_pa
     assert without_times(out / "results.csv") == without_times(whole / "results.csv")
 
 
+def test_a_requeued_job_goes_on_where_there_is_a_checkpoint_and_begins_where_there_is_none(
+    whole: Path, tmp_path: Path
+) -> None:
+    from alflb_megatron.cli import parser, plan_of
+
+    run = plan.read(written(tmp_path), "smoke").runs[0]
+    for folder, resumes in ((tmp_path / "new", False), (whole / NONE, True)):
+        words = ["train", "--requeue", *run.flags(folder, resume=False)]
+        found = plan_of(parser().parse_args(words))
+        assert found.job.resume is resumes
+        assert plan.same_settings(found.as_dict(), run.plan.as_dict()) == []
+
+
 def test_a_training_that_a_killed_sweep_left_keeps_others_out(tmp_path: Path) -> None:
     with execute.alone(tmp_path) as lock:
         left = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"], pass_fds=(lock,))
@@ -311,6 +330,41 @@ def test_a_mixture_of_versions_is_refused_by_name(whole: Path, tmp_path: Path) -
 
     said = refused(whole, tmp_path, lambda out: edited(out / SIGN / "config.json", older))
     assert f"{SIGN} was trained with torch 2.6.0, {NONE} with" in said
+
+
+def test_a_run_that_diverged_is_a_row_that_says_so(whole: Path, tmp_path: Path) -> None:
+    """JSON has no NaN: such a loss is null in a summary."""
+
+    def diverged(summary: dict[str, Any]) -> None:
+        summary["validation_loss"] = None
+
+    out = copied(whole, tmp_path)
+    edited(out / NONE / "summary.json", diverged)
+    sweep = plan.read(written(tmp_path), "smoke")
+    assert execute.told(sweep.runs[0], out).startswith(f"{NONE}: diverged, MaxVio_global")
+    (out / "results.csv").write_text(collect.as_csv(collect.collect(sweep, out)), encoding="utf-8")
+    found = collect.read_csv(out / "results.csv")
+    assert math.isnan(found[0]["perplexity"])
+    page = tables.page(sweep, found, figures.draw("two", found, tmp_path))
+    assert "| diverged |" in page and "not decided" in page
+
+
+def test_results_of_several_revisions_are_not_drawn(whole: Path, tmp_path: Path) -> None:
+    found = collect.read_csv(whole / "results.csv")
+    found[1]["revision"] = "0" * 40
+    for row in found:
+        row |= {name: " ".join(map(str, row[name])) for name in ("maxvio_curve", "loss_curve")}
+    (tmp_path / "mixed.csv").write_text(collect.as_csv(found), encoding="utf-8")
+    with pytest.raises(SettingError, match=r"--results=.*holds a mixture: .* was trained with revision 0000"):
+        collect.read_csv(tmp_path / "mixed.csv")
+
+
+def test_settings_at_one_scale_and_those_of_the_command_win(tmp_path: Path) -> None:
+    path = written(tmp_path, changed(at={"mini": {"steps": 7}}, train={"steps": 9, "certify": 3}))
+    steps = {s: plan.read(path, s).runs[1].plan.job.steps for s in ("full", "mini", "smoke")}
+    assert steps == {"full": 9, "mini": 7, "smoke": 4}
+    job = plan.read(path, "mini", {"data": "/some/text"}).runs[1].plan.job
+    assert (job.data, job.certify) == ("/some/text", 2)
 
 
 def test_tables_and_figures_come_from_results_csv_alone(whole: Path, tmp_path: Path) -> None:
@@ -389,4 +443,4 @@ def test_smoke_of_the_paper_runs_from_end_to_end(tmp_path: Path) -> None:
     assert figures.draw("wang2024", typed, out) == [
         "wang2024-course.png", "wang2024-step-size.png", "wang2024-published.png",
     ]  # fmt: skip
-    assert tables.orders(typed, sweep.compare).count("\n") == 2 * len(sweep.compare) + 1
+    assert tables.orders(typed, sweep.compare).count("\n") == len(tables.NAMES) * len(sweep.compare) + 1

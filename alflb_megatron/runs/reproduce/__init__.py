@@ -9,7 +9,10 @@ tables.py, figures.py   made from results.csv alone
 from __future__ import annotations
 
 import argparse
+import contextlib
+import importlib.util
 import os
+import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -27,6 +30,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("plan", metavar="PLAN", help="a YAML file, or the name of a plan that comes with the package")
     parser.add_argument("--scale", default=plan.FULL, help="full, mini or smoke (default: %(default)s)")
     parser.add_argument("--out", metavar="DIR", help="folder of runs and results (default: runs/PLAN-SCALE)")
+    parser.add_argument("--data", help="training data of every run, instead of the plan's (as for `alflb train`)")
+    parser.add_argument("--tokenizer", help="its tokenizer, likewise")
     parser.add_argument("--at-once", type=int, metavar="N", help="runs side by side here (default: as cores allow)")
     parser.add_argument(
         "--executor", choices=EXECUTORS, help="where to train (default: the plan's at full size, local)"
@@ -40,14 +45,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--dryrun", action="store_true", help="show the runs, or what would be submitted; train nothing"
     )
-    parser.add_argument("--resubmit", action="store_true", help="hand over again what was submitted and did not finish")
+    parser.add_argument(
+        "--resubmit", action="store_true", help="hand over again what did not finish; only once its jobs have ended"
+    )
     parser.add_argument("--results", metavar="CSV", help="train nothing: tables and figures from this results.csv")
 
 
 def run(flags: argparse.Namespace, arguments: Sequence[str] = ()) -> int:
     """Returns the exit code: 0, or 1 if a run failed. Raises `SettingError` on what cannot work."""
     path = plan.find(flags.plan)
-    sweep = plan.read(path, flags.scale)
+    given = {name: getattr(flags, name) for name in ("data", "tokenizer") if getattr(flags, name) is not None}
+    sweep = plan.read(path, flags.scale, given)
     out = Path(flags.out or f"runs/{sweep.name}-{sweep.scale}")
     if flags.results:
         rows = collect.read_csv(Path(flags.results))
@@ -62,8 +70,7 @@ def run(flags: argparse.Namespace, arguments: Sequence[str] = ()) -> int:
     if kind != "local":
         return _elsewhere(sweep, out, kind, flags)
     if flags.dryrun:
-        for one in sweep.runs:
-            print(" ".join(["alflb", "train", *one.flags(out / one.name, resume=False)]))
+        _show(sweep, out)
         return 0
     with execute.alone(out) as lock:
         failed = execute.train_here(sweep, out, at_once(sweep, flags.at_once), lock, say)
@@ -74,17 +81,28 @@ def run(flags: argparse.Namespace, arguments: Sequence[str] = ()) -> int:
     return 0
 
 
+def _show(sweep: plan.Sweep, out: Path) -> None:
+    for one in sweep.runs:
+        print(shlex.join(["alflb", "train", *one.flags(out / one.name, resume=False)]))
+
+
 def _elsewhere(sweep: plan.Sweep, out: Path, kind: str, flags: argparse.Namespace) -> int:
     options: dict[str, Any] = {name: value for name, value in sweep.executor.items() if name != "kind"}
-    options |= parse_options(flags.executor_options)
-    with execute.alone(out):
+    options |= parse_options(flags.executor_options, "--executor-options")
+    if flags.dryrun and importlib.util.find_spec("nemo_run") is None:
+        _show(sweep, out)
+        say("NeMo-Run, which makes the scripts of the cluster, is not installed here: these are the commands in them")
+        return 0
+    with contextlib.nullcontext() if flags.dryrun else execute.alone(out):
         try:
             count = execute.submit(sweep, out, kind, options, flags.dryrun, flags.resubmit, say)
         except ImportError as error:
             say(f"alflb reproduce: {error}")
             return 1
-        states = [execute.state_of(one, out).kind for one in sweep.runs]
-        done = states.count(execute.DONE)
+        states = {one.name: execute.state_of(one, out).kind for one in sweep.runs}
+        done = [*states.values()].count(execute.DONE)
+        for name, state in states.items() if count == 0 else ():
+            say(f"{name}: {state}")
         say(f"{done} of {len(states)} runs have finished, {count} {'would be' if flags.dryrun else 'were'} submitted")
         if done == len(states) and not flags.dryrun:
             _finish(sweep, out)

@@ -62,6 +62,13 @@ def stretches(values: Sequence[float], points: int = POINTS) -> list[float]:
     return [statistics.fmean(values[k * len(values) // n : (k + 1) * len(values) // n]) for k in range(n)]
 
 
+def _perplexity(loss: float) -> float:
+    try:
+        return math.exp(loss)
+    except OverflowError:
+        return math.inf
+
+
 def _row(run: Run, out: Path, sweep: Sweep) -> dict[str, Any]:
     folder = out / run.name
     config, summary = read_json(folder / "config.json"), read_json(folder / "summary.json")
@@ -78,6 +85,7 @@ def _row(run: Run, out: Path, sweep: Sweep) -> dict[str, Any]:
     moduli = [row["modulus"] for row in certificates if row["modulus"] is not None]
     limits = [row["largest_step"] for row in certificates if row["largest_step"] is not None]
     regret = summary.get("regret")
+    loss = math.nan if summary["validation_loss"] is None else summary["validation_loss"]  # JSON has no NaN
     alf = run.plan.alf
     used = run.plan.builtin_rate if alf is None else alf.step_size
     published = sweep.published.get(run.group, {})
@@ -96,8 +104,8 @@ def _row(run: Run, out: Path, sweep: Sweep) -> dict[str, Any]:
         "tokens": run.tokens,
         "parameters": config["parameters"]["total"],
         "active": config["parameters"]["active"],
-        "validation_loss": summary["validation_loss"],
-        "perplexity": math.exp(summary["validation_loss"]),
+        "validation_loss": loss,
+        "perplexity": _perplexity(loss),
         "maxvio_global": summary["maxvio_global_mean"],
         "maxvio_last50": summary["maxvio_last50"],
         "maxvio_mean": statistics.fmean(maxvio),
@@ -121,6 +129,7 @@ def _row(run: Run, out: Path, sweep: Sweep) -> dict[str, Any]:
 def collect(sweep: Sweep, out: Path) -> list[dict[str, Any]]:
     """The rows of results.csv, in the plan's order.
 
+    A run that diverged has a loss and a perplexity of NaN.
     Raises `SettingError` that names the runs: those that have not finished, those of other settings than the plan's,
     those whose records are incomplete, and those that another version of torch, Megatron-Core or this package trained.
     """
@@ -129,17 +138,24 @@ def collect(sweep: Sweep, out: Path) -> list[dict[str, Any]]:
         held = f"{len(open_)} of {len(sweep.runs)} runs have not finished: {', '.join(open_[:5])}"
         raise SettingError("--out", out, held + (", ..." if len(open_) > 5 else ""))
     try:
-        rows = [_row(run, out, sweep) for run in sweep.runs]
+        rows = []
+        for run in sweep.runs:
+            rows.append(_row(run, out, sweep))
     except (OSError, KeyError, TypeError, ValueError) as error:
         if isinstance(error, SettingError):
             raise
-        raise SettingError("--out", out, f"holds a run that cannot be read: {error}") from None
+        raise SettingError("--out", out, f"holds a run that cannot be read: {run.name}: {error!r}") from None
+    unmixed(rows, "--out", out)
+    return rows
+
+
+def unmixed(rows: Sequence[Mapping[str, Any]], flag: str, source: Path) -> None:
+    """Raises `SettingError` where rows are of several versions of torch, Megatron-Core or this package."""
     for name in ("megatron_core", "torch", "revision"):
         first = rows[0]
         if other := next((row for row in rows if row[name] != first[name]), None):
             held = f"{other['run']} was trained with {name} {other[name]}, {first['run']} with {first[name]}"
-            raise SettingError("--out", out, f"holds a mixture: {held}; train them anew with one")
-    return rows
+            raise SettingError(flag, source, f"holds a mixture: {held}; train them anew with one")
 
 
 def as_csv(rows: Sequence[Mapping[str, Any]]) -> str:
@@ -164,9 +180,11 @@ def read_csv(path: Path) -> list[dict[str, Any]]:
             rows = list(reader)
             if reader.fieldnames != list(MEANINGS) or not rows:
                 raise ValueError("its columns are not those of a results.csv")
-            return [{name: _typed(name, row[name]) for name in MEANINGS} for row in rows]
+            typed = [{name: _typed(name, row[name]) for name in MEANINGS} for row in rows]
     except (OSError, ValueError, TypeError, csv.Error) as error:
         raise SettingError("--results", path, f"cannot be read: {error}") from None
+    unmixed(typed, "--results", path)
+    return typed
 
 
 def _typed(name: str, text: str) -> Any:
@@ -179,13 +197,18 @@ def _typed(name: str, text: str) -> Any:
 
 @dataclass(frozen=True)
 class Interval:
-    """Mean over seeds, and half the width of its 95 % confidence interval by Student's t; None for one seed."""
+    """Mean over seeds, and half the width of its 95 % confidence interval by Student's t; None for one seed.
+
+    A seed that diverged makes the mean NaN or infinite, and leaves no interval.
+    """
 
     mean: float
     half: float | None
     n: int
 
     def text(self, digits: int = 3) -> str:
+        if not math.isfinite(self.mean):
+            return "diverged"
         if self.half is None:
             return f"{self.mean:.{digits}f}"
         return f"{self.mean:.{digits}f} ± {self.half:.{digits}f}"
@@ -196,8 +219,8 @@ def interval(values: Sequence[float]) -> Interval:
     from scipy.stats import t
 
     n = len(values)
-    if n < 2:
-        return Interval(values[0], None, n)
+    if n < 2 or not all(map(math.isfinite, values)):
+        return Interval(math.fsum(values) / n, None, n)
     half = float(t.ppf(0.975, n - 1)) * statistics.stdev(values) / math.sqrt(n)
     return Interval(statistics.fmean(values), half, n)
 

@@ -8,6 +8,7 @@ Slurm and SkyPilot.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import fcntl
 import importlib.util
 import os
@@ -23,7 +24,9 @@ from pathlib import Path
 from typing import Any
 
 from alflb_megatron.runs.demo import last_lines
-from alflb_megatron.runs.record import has_checkpoint, is_run, read_json, saved_settings, write_json
+from alflb_megatron.runs.flops import gpu_hours
+from alflb_megatron.runs.plots import DATA_NAMES
+from alflb_megatron.runs.record import has_checkpoint, is_run, maxvio_text, read_json, saved_settings, write_json
 from alflb_megatron.runs.reproduce.plan import Run, Sweep, same_settings
 from alflb_megatron.settings import SettingError, from_mapping
 
@@ -174,10 +177,9 @@ def train_here(sweep: Sweep, out: Path, at_once: int, lock: int, say: Callable[[
 def told(run: Run, out: Path) -> str:
     """A finished run in one line."""
     summary = read_json(out / run.name / "summary.json")
-    return (
-        f"{run.name}: validation loss {summary['validation_loss']:.4f}, "
-        f"MaxVio_global {summary['maxvio_global_mean']:.3f}"
-    )
+    loss = summary["validation_loss"]
+    said = "diverged" if loss is None else f"validation loss {loss:.4f}"
+    return f"{run.name}: {said}, MaxVio_global {maxvio_text(summary['maxvio_global_mean'])}"
 
 
 def submit(
@@ -191,34 +193,78 @@ def submit(
 ) -> int:
     """Hands every run that has neither finished nor been handed over to Slurm or SkyPilot; returns how many.
 
-    With `again` also those that were handed over and have not finished: they go on from their checkpoints. `dryrun`
-    prints what would be submitted and submits nothing. Raises `SettingError` on an option that cannot work, and
-    ImportError where NeMo-Run is missing.
+    With `again` also those that were handed over and have not finished: they go on from their checkpoints. Whether such
+    a job still waits or runs, the caller has to know. `dryrun` prints what would be submitted and submits nothing.
+
+    Every path is made absolute, and a container sees run folders, data and tokenizer where they are here. Raises
+    `SettingError` on an option that cannot work, and ImportError where NeMo-Run is missing.
     """
     from alflb_megatron.recipes import launch
 
     cls, make = launch.PLACES[kind]
     count = 0
+    out = out.resolve()
     for run in sweep.runs:
         state = state_of(run, out)
         if state.kind == DONE or (state.kind == SUBMITTED and not again):
             continue
         nodes, processes = _machines(run, options)
+        run, seen = _absolute(run)
         job = from_mapping(cls, {**options, "name": run.name, "nodes": nodes, "processes": processes})
-        words = [
-            "-m",
-            "alflb_megatron.cli",
-            "train",
-            *run.flags(out.resolve() / run.name, state.checkpoint, launched=True),
-        ]
+        if kind == "slurm":
+            _time_enough(sweep, run, job.time)
+            if job.container_image:
+                own = [f"{folder}:{folder}" for folder in sorted({str(out), *seen} - job.mounted.keys())]
+                job = dataclasses.replace(job, mounts=",".join(filter(None, (job.mounts, *own))))
+        elif not any(out.is_relative_to(inside) for inside in job.mounted.values()):
+            held = f"must mount storage at {out} or above, the same as here: the run folders are read from there"
+            raise SettingError("--executor-options mounts", job.mounts, held)
+        words = ["-m", "alflb_megatron.cli", "train", "--requeue", *run.flags(out / run.name, False, launched=True)]
+        ticket = {"executor": kind, "experiment": None, "resumes": state.checkpoint}
+        if not dryrun:
+            write_json(ticket_of(run, out), ticket)  # first: killed in between, the job must not be handed over twice
         said = launch.start(make(job), launch.script(words), run.name, dryrun=dryrun, wait=False)
         if dryrun:
             say(f"# {run.name}\n{said}")
         else:
-            write_json(ticket_of(run, out), {"executor": kind, "experiment": said, "resumes": state.checkpoint})
+            write_json(ticket_of(run, out), {**ticket, "experiment": said})
             say(f"{run.name}: submitted as {said}")
         count += 1
     return count
+
+
+def _absolute(run: Run) -> tuple[Run, list[str]]:
+    """The run with the paths of its data and tokenizer made absolute, and the folders they are in."""
+    settings, seen = dict(run.settings), []
+    data = run.plan.job.data
+    if data not in DATA_NAMES:
+        path = Path(os.path.abspath(Path(data).expanduser()))
+        there = path.exists() or path.with_name(f"{path.name}.idx").exists()
+        if not there and not os.path.isabs(data):  # an absolute one may be there on the cluster alone
+            held = "is not there: make it with `alflb data prepare`, or name another with --data"
+            raise SettingError("data", data, held)
+        settings["data"], seen = str(path), [str(path.parent)] if there else []
+    kind, _, name = run.plan.job.tokenizer.partition(":")
+    if (
+        name and (path := Path(os.path.abspath(Path(name).expanduser()))).exists()
+    ):  # else it is a name of the Hugging Face Hub
+        settings["tokenizer"] = f"{kind}:{path}"
+        seen.append(str(path if path.is_dir() else path.parent))
+    return dataclasses.replace(run, settings=settings), seen
+
+
+def _time_enough(sweep: Sweep, run: Run, limit: str) -> None:
+    """Raises `SettingError` where a job's time limit is below the estimate for the run."""
+    hours = gpu_hours(run.plan.shape, run.tokens, sweep.utilisation) / run.plan.job.nproc
+    days, _, clock = limit.rpartition("-")
+    try:
+        h, m, s = (int(part) for part in clock.split(":"))
+        allowed = 24 * int(days or 0) + h + m / 60 + s / 3600
+    except ValueError:
+        raise SettingError("--executor-options time", limit, "must be HH:MM:SS or D-HH:MM:SS") from None
+    if allowed < hours:
+        held = f"{run.name} takes about {hours:.1f} hours at {sweep.utilisation:.0%} of the peak; give more time"
+        raise SettingError("--executor-options time", limit, held)
 
 
 def _machines(run: Run, options: Mapping[str, Any]) -> tuple[int, int]:

@@ -45,7 +45,7 @@ FIGURES = ("perplexity", "maxvio_global")
 _KEYS = {"about", "seeds", "train", "runs", "published", "source", "compare", "scale_u", "cluster", "executor", "at"}
 _ROW = {"model", "gate", "rule", "u", "aux", "settings"}
 _SCALE = {"about", "train", "models", "u_times"}
-_OWN = {"preset", "rule", "seed", "out", "resume", "json", "gate", "aux_loss_coeff"}
+_OWN = {"preset", "rule", "seed", "out", "resume", "requeue", "json", "gate", "aux_loss_coeff"}
 """Settings that the plan's other keys give."""
 
 
@@ -107,26 +107,29 @@ class Sweep:
         """GPU-hours of all runs on H100s, by FLOPs and the stated utilisation."""
         return sum(gpu_hours(run.plan.shape, run.tokens, self.utilisation) for run in self.runs)
 
-    def factors(self) -> dict[str, dict[str, tuple[float, float]]]:
-        """For each model, what the scale changed: setting -> (full size, here). Numbers alone."""
-        found: dict[str, dict[str, tuple[float, float]]] = {}
+    def changes(self) -> dict[str, dict[str, tuple[Any, Any]]]:
+        """For each model, what the scale changed: setting -> (full size, here)."""
+        found: dict[str, dict[str, tuple[Any, Any]]] = {}
         for run in self.runs:
             preset = run.plan.job.preset
             if preset in found:
                 continue
             full = self.full[run.group]
-            changed: dict[str, tuple[float, float]] = {}
+            changed: dict[str, tuple[Any, Any]] = {}
             for before, after in ((full.shape, run.plan.shape), (full.job, run.plan.job)):
                 for one, *_ in knobs(type(before)):
                     values = getattr(before, one.name), getattr(after, one.name)
-                    numbers = all(isinstance(v, int | float) and not isinstance(v, bool) for v in values)
-                    if numbers and values[0] != values[1] and one.name not in _NO_SIZE:
+                    if values[0] != values[1] and one.name not in _SAME_TRAINING:
                         changed[one.name] = values
             found[preset] = changed
         return found
 
 
-_NO_SIZE = {"seed", "nproc", "ep", "etp", "tp", "pp", "vpp", "micro_batch_size", "save_every", "certify"}
+_SAME_TRAINING = {
+    "seed", "nproc", "ep", "etp", "tp", "pp", "vpp", "micro_batch_size", "save_every", "certify", "router_fusion",
+    "grouped_gemm", "overlap_grad_reduce",
+}  # fmt: skip
+"""Settings that change where and how a model is trained, not what comes of it."""
 
 
 def shipped() -> Path:
@@ -148,8 +151,8 @@ def find(name: str) -> Path:
     raise SettingError("PLAN", name, f"must be a file, or one of {', '.join(known)}")
 
 
-def read(path: Path, scale: str = FULL) -> Sweep:
-    """The plan of a file at a scale, every run resolved and checked.
+def read(path: Path, scale: str = FULL, over: Mapping[str, Any] | None = None) -> Sweep:
+    """The plan of a file at a scale, every run resolved and checked; the settings `over` win over all others.
 
     Raises `SettingError` that names the file and what is wrong in it, or the run whose settings cannot work.
     """
@@ -170,12 +173,14 @@ def read(path: Path, scale: str = FULL) -> Sweep:
     if not isinstance(rows, list) or not rows:
         raise SettingError(str(path), "runs", "must be a list of runs")
     train = _settings(path, text.get("train", {}))
-    times = _mapping(path, shrunk.get("u_times", {}), "u_times") if text.get("scale_u") else {}
+    if not isinstance(scale_u := text.get("scale_u", False), bool):
+        raise SettingError(str(path), f"scale_u: {scale_u}", "must be true or false")
+    times = _mapping(path, shrunk.get("u_times", {}), "u_times") if scale_u else {}
     cells = [cell for number, row in enumerate(rows, 1) for cell in _cells(path, number, row)]
     runs = []
     for seed in seeds:
         for cell in cells:
-            small = {**shrunk.get("train", {}), **shrunk.get("models", {}).get(cell.model, {}), **here}
+            small = {**shrunk.get("train", {}), **shrunk.get("models", {}).get(cell.model, {}), **here, **(over or {})}
             if shrunk.get("models") and cell.model not in shrunk["models"]:
                 raise SettingError(str(path), cell.model, f"--scale {scale} knows {', '.join(shrunk['models'])}")
             runs.append(_run(path, cell, {**train, **cell.settings, **small}, seed, float(times.get(cell.rule, 1))))
@@ -273,6 +278,8 @@ def _cells(path: Path, number: int, row: Any) -> Iterator[_Cell]:
     settings = _settings(path, row.get("settings", {}))
     axes = [_listed(row.get(name, default)) for name, default in
             (("model", None), ("gate", "sigmoid"), ("rule", None), ("u", None), ("aux", 0.0))]  # fmt: skip
+    if not all(axes):
+        raise SettingError(str(path), f"run {number}", "must not have an empty list: it would be no run at all")
     for model, gate, rule, u, aux in itertools.product(*axes):
         for name, value in (("u", u), ("aux", aux)):
             if value is not None and (isinstance(value, bool) or not isinstance(value, int | float)):
@@ -319,6 +326,9 @@ def _published(path: Path, given: Any, groups: set[str]) -> dict[str, dict[str, 
             raise SettingError(str(path), f"published: {group}", f"no such run; there are {', '.join(sorted(groups))}")
         figures = _mapping(path, figures, f"published: {group}")
         _known(path, f"figure of {group}", figures, set(FIGURES))
+        for name, value in figures.items():
+            if isinstance(value, bool) or not isinstance(value, int | float):
+                raise SettingError(str(path), f"published: {group}: {name}: {value}", "must be a number")
         found[group] = {name: float(value) for name, value in figures.items()}
     return found
 
@@ -357,4 +367,4 @@ def same_settings(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]
     return different
 
 
-_PLACE = {"out", "resume", "json", "load"}
+_PLACE = {"out", "resume", "requeue", "json", "load"}

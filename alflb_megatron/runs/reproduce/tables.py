@@ -140,8 +140,8 @@ def orders(rows: Rows, compare: Sequence[tuple[str, str]]) -> str:
 
 
 def shrunk(sweep: Sweep) -> str:
-    """What the scale divided by what, for each model; empty at full size."""
-    factors = sweep.factors()
+    """What the scale changed, and divided by what, for each model; empty at full size."""
+    factors = sweep.changes()
     if not any(factors.values()):
         return ""
     names = list(dict.fromkeys(name for changed in factors.values() for name in changed))
@@ -153,6 +153,9 @@ def shrunk(sweep: Sweep) -> str:
                 cells.append("as published")
                 continue
             full, here = changed[name]
+            if isinstance(full, str | bool):
+                cells.append(f"{full} → {here}")
+                continue
             ratio = f" (1/{full / here:.3g})" if here and full > here else f" ({here / full:.3g} times)" if full else ""
             cells.append(f"{full:,g} → {here:,g}{ratio}")
         lines.append(f"| {name} | {' | '.join(cells)} |")
@@ -162,12 +165,18 @@ def shrunk(sweep: Sweep) -> str:
 def page(sweep: Sweep, rows: Rows, figures: Sequence[str], folder: str = "") -> str:
     """All of a sweep on one page: what was run, tables, and links to its figures, PNG files in `folder`."""
     first, seeds = rows[0], sorted({row["seed"] for row in rows})
+    models = {row["model"]: row for row in reversed(rows)}
+    sizes = {
+        f"{row['steps']:,} steps, {row['tokens']:,} tokens, sampling floor of a global batch's MaxVio "
+        f"{maxvio_text(row['maxvio_floor'])}": model
+        for model, row in models.items()
+    }
+    each = next(iter(sizes)) if len(sizes) == 1 else "; ".join(f"{model} {size}" for size, model in sizes.items())
     parts = [
         sweep.about,
-        f"{len(rows)} runs of {first['steps']:,} steps, {first['tokens']:,} tokens each, seeds "
-        f"{', '.join(map(str, seeds))}; torch {first['torch']}, megatron-core {first['megatron_core']}, revision "
-        f"`{(first['revision'] or 'unknown')[:12]}`. The sampling floor of a global batch's MaxVio is "
-        f"{maxvio_text(first['maxvio_floor'])}. ± is half a 95 % interval over the seeds (Student's t).",
+        f"{len(rows)} runs, seeds {', '.join(map(str, seeds))}: {each}. torch {first['torch']}, megatron-core "
+        f"{first['megatron_core']}, revision `{(first['revision'] or 'unknown')[:12]}`. ± is half a 95 % interval over "
+        "the seeds (Student's t).",
         measured(rows),
         *([f"Published figures: {sweep.source}."] if sweep.source else []),
     ]
