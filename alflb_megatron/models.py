@@ -175,3 +175,22 @@ PRESETS: dict[str, ModelShape] = {
     ),
 }
 """Shapes by name; `tiny` and `small` are ours, for two CPU cores."""
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """How long and how fast a model is trained: sequences a global batch, optimizer steps, learning rate."""
+
+    global_batch_size: int
+    steps: int
+    warmup_steps: int
+    lr: float
+    min_lr: float
+
+
+PUBLISHED: dict[str, Schedule] = {
+    "deepseek-moe-1b": Schedule(global_batch_size=1152, steps=40_000, warmup_steps=1000, lr=1e-3, min_lr=1e-4),
+    "deepseek-moe-3b": Schedule(global_batch_size=1728, steps=56_514, warmup_steps=1000, lr=7.8e-4, min_lr=7.8e-5),
+}
+"""Of Wang et al. 2024 (arXiv 2408.15664, appendix), whoever trains them; the warm-up of the 3B model, on which it is
+silent, is the 1B's."""

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from alflb_megatron.config import PREFIX, ALFConfig
-from alflb_megatron.models import PRESETS, ModelShape
+from alflb_megatron.models import PRESETS, PUBLISHED, ModelShape
 from alflb_megatron.settings import SettingError, check, from_mapping, knob
 
 UNBALANCED = ("none", "builtin")
@@ -129,30 +129,22 @@ SCHEDULES: dict[str, dict[str, Any]] = {
     "tiny": {},
     "small": {"warmup_steps": 50, "steps": 500},
     "deepseek-moe-1b": {
-        "global_batch_size": 1152,
+        **dataclasses.asdict(PUBLISHED["deepseek-moe-1b"]),
         "micro_batch_size": 4,
-        "steps": 40_000,
-        "lr": 1e-3,
-        "min_lr": 1e-4,
-        "warmup_steps": 1000,
         "dtype": "bf16",
         "optimizer": "distributed",
         "save_every": 1000,
     },
     "deepseek-moe-3b": {
-        "global_batch_size": 1728,
+        **dataclasses.asdict(PUBLISHED["deepseek-moe-3b"]),
         "micro_batch_size": 4,
-        "steps": 56_514,
-        "lr": 7.8e-4,
-        "min_lr": 7.8e-5,
         "lr_decay": "multistep",
-        "warmup_steps": 1000,
         "dtype": "bf16",
         "optimizer": "distributed",
         "save_every": 1000,
     },
 }
-"""What a preset changes in `Job`. Batch, steps and rates of the DeepSeekMoE presets are Wang et al.'s (appendix)."""
+"""What a preset changes in `Job`."""
 
 
 @dataclass(frozen=True)
