@@ -13,6 +13,7 @@ written, by a run that was killed. One process writes a folder (rank 0); nothing
 from __future__ import annotations
 
 import errno
+import fcntl
 import importlib.metadata
 import json
 import math
@@ -204,6 +205,19 @@ def saved_settings(folder: str | os.PathLike[str], flag: str) -> dict[str, Any]:
         raise SettingError(flag, folder, f"holds a config.json that cannot be read ({error})") from None
 
 
+def _hold(path: Path) -> int:
+    """A file descriptor that holds the folder until it is closed; SettingError where another process has it."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(descriptor)
+        raise SettingError("--out", path, "is being written by another training") from None
+    except OSError:  # a file system without locks
+        pass
+    return descriptor
+
+
 class RunFolder:
     """The folder of one run, open for writing; to be created by rank 0 alone, and closed (or used in `with`).
 
@@ -212,8 +226,10 @@ class RunFolder:
     With `resume_step` the records after that step are dropped from metrics.jsonl, and a summary, which
     described the longer run, is removed.
 
+    The folder is held (flock) until it is closed: a job that a scheduler started twice must not write it twice.
+
     Raises SettingError (`--out`) if `path` is a file, holds something that is no run of ours, or records that cannot be
-    read or gone on with; the folder is then as it was.
+    read or gone on with, or is held by another training; the folder is then as it was.
     """
 
     def __init__(self, path: str | os.PathLike[str], resume_step: int | None = None) -> None:
@@ -235,6 +251,15 @@ class RunFolder:
             ]
         except OSError as error:
             raise SettingError("--out", path, f"must be a folder that can be written ({error.strerror})") from None
+        self._held = _hold(self.path)
+        try:
+            self._open(found, resume_step)
+        except BaseException:
+            os.close(self._held)
+            raise
+
+    def _open(self, found: Sequence[Path], resume_step: int | None) -> None:
+        path = self.path
         if found and not is_run(self.path):
             raise SettingError("--out", path, "must be a new folder, an empty one or that of an earlier run")
         if resume_step is None and has_checkpoint(self.path):
@@ -313,7 +338,9 @@ class RunFolder:
         write_json(self.summary, summary)
 
     def close(self) -> None:
-        self._file.close()
+        if not self._file.closed:
+            self._file.close()
+            os.close(self._held)
 
     def __enter__(self) -> RunFolder:
         return self

@@ -426,3 +426,9 @@ def test_git_revision(tmp_path, monkeypatch):
     other.parent.mkdir()
     other.write_text("")
     assert git_revision(other) is None, "not tracked: the checkout around it is somebody else's"
+
+
+def test_a_folder_that_is_being_written_is_refused(tmp_path):
+    with RunFolder(tmp_path), pytest.raises(SettingError, match="is being written by another training"):
+        RunFolder(tmp_path)
+    RunFolder(tmp_path).close()
