@@ -176,7 +176,7 @@ def _counts(counts: dict[str, int], mark: str = "") -> str:
     return " | ".join(f"{mark}{counts[key]:,}{mark}" for key in ("tried", "survived", "lost"))
 
 
-SWEEPS = ("wang2024", "beyond")
+SWEEPS = ("wang2024", "han_zhong", "beyond")
 
 
 def results() -> str:

@@ -11,7 +11,7 @@ from alflb_megatron.cli import main
 from alflb_megatron.runs.reproduce import collect, figures
 
 DOCS = Path(__file__).parent.parent / "docs"
-SWEEPS = ("wang2024", "beyond")
+SWEEPS = ("wang2024", "han_zhong", "beyond")
 
 
 def block(name: str) -> str:
