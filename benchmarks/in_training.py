@@ -93,20 +93,25 @@ def is_finished(options: Mapping[str, Any], out: Path) -> bool:
     return made == resolve(options, {}, {})
 
 
+def logged(name: str, command: Sequence[str], log: Path, environment: Mapping[str, str] | None = None) -> None:
+    """Runs a training with all that it prints in `log`: two bars at once would overwrite each other.
+
+    Raises `TrainingFailed` if it fails.
+    """
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with log.open("w+", encoding="utf-8", errors="replace") as file:
+        code = subprocess.run(command, stdin=subprocess.DEVNULL, stdout=file, stderr=file, env=environment).returncode
+        file.seek(0)
+        if code != 0:
+            raise TrainingFailed(failure(name, code, file.read()))
+
+
 def train(name: str, options: Mapping[str, Any], out: Path) -> str:
     """Makes sure that `out` holds the run, and says in one line what it came to; `TrainingFailed` if it fails."""
     again = is_finished(options, out)
     if not again:
-        out.parent.mkdir(parents=True, exist_ok=True)
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-        # Two bars at once would overwrite each other, so all that a run prints goes to its log.
-        with out.with_name(f"{out.name}.log").open("w+", encoding="utf-8", errors="replace") as log:
-            code = subprocess.run(
-                command(options, out), stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment
-            ).returncode
-            log.seek(0)
-            if code != 0:
-                raise TrainingFailed(failure(name, code, log.read()))
+        logged(name, command(options, out), out.with_name(f"{out.name}.log"), environment)
     summary = json.loads((out / "summary.json").read_text(encoding="utf-8"))
     revision = json.loads((out / "config.json").read_text(encoding="utf-8"))["git_revision"]
     loss = summary["validation_loss"]
@@ -272,7 +277,7 @@ def figure(results: Mapping[str, Any]) -> Figure:
     """MaxVio over the steps, mean over seeds, one panel a preset; the sampling floor dotted."""
     from matplotlib.figure import Figure
 
-    from alflb_megatron.runs.plots import COLOURS, DPI
+    from alflb_megatron.runs.plots import COLOURS, DPI, dress
 
     presets = results["presets"]
     drawn = Figure(figsize=(5.0 * len(presets), 4.0), dpi=DPI, layout="constrained")
@@ -285,8 +290,7 @@ def figure(results: Mapping[str, Any]) -> Figure:
         axes.set_yscale("log")
         axes.set_title(f"{preset}: top-{found['topk']} of {found['experts']} experts", fontsize=10)
         axes.set_xlabel(f"training step ({found['tokens']:,} tokens)")
-        axes.grid(alpha=0.25)
-        axes.spines[["top", "right"]].set_visible(False)
+        dress(axes)
         if panel == 1:
             axes.set_ylabel("MaxVio, mean over MoE layers and seeds")
             axes.legend(frameon=False, fontsize=9)

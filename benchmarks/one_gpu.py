@@ -25,7 +25,6 @@ import argparse
 import functools
 import math
 import statistics
-import subprocess
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -35,7 +34,7 @@ import torch
 
 from alflb_megatron import cli
 from alflb_megatron.models import PRESETS
-from alflb_megatron.runs.demo import TrainingFailed, failure
+from alflb_megatron.runs.demo import TrainingFailed
 from alflb_megatron.runs.job import Job
 from alflb_megatron.runs.record import git_revision, maxvio_text, read_json, read_metrics, write_json
 from alflb_megatron.settings import SettingError, given_flags
@@ -187,12 +186,7 @@ def settings(preset: str, rule: str, steps: int, seed: int) -> dict[str, Any]:
 
 
 def _run(name: str, command: Sequence[str], log: Path) -> None:
-    log.parent.mkdir(parents=True, exist_ok=True)
-    with log.open("w+", encoding="utf-8", errors="replace") as file:
-        code = subprocess.run(command, stdin=subprocess.DEVNULL, stdout=file, stderr=file).returncode
-        file.seek(0)
-        if code != 0:
-            raise TrainingFailed(failure(name, code, file.read()))
+    in_training.logged(name, command, log)
     print(f"{name}: done", file=sys.stderr, flush=True)
 
 

@@ -84,7 +84,7 @@ def balance_figure(found: dict[str, Any]) -> Figure:
     """MaxVio over the sampling floor, step by step, for a few streams and rules."""
     from matplotlib.figure import Figure
 
-    from alflb_megatron.runs.plots import COLOURS, DPI
+    from alflb_megatron.runs.plots import COLOURS, DPI, dress
 
     rows = [row for row in found["rows"] if row["stream"] in DRAWN]
     drawn = Figure(figsize=(4.2 * len(rows), 3.6), dpi=DPI, layout="constrained")
@@ -97,8 +97,7 @@ def balance_figure(found: dict[str, Any]) -> Figure:
         axes.set_yscale("log")
         axes.set_title(f"{row['stream']} (top-{row['topk']} of {row['experts']})", fontsize=10)
         axes.set_xlabel(f"update ({row['tokens']:,.0f} tokens)")
-        axes.grid(alpha=0.25)
-        axes.spines[["top", "right"]].set_visible(False)
+        dress(axes)
         if panel == 1:
             axes.set_ylabel("MaxVio / sampling floor")
             drawn.legend(*axes.get_legend_handles_labels(), loc="outside upper center", ncols=5, frameon=False)

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor
 
+from alflb_megatron.runs.record import replace
 from alflb_megatron.theory.certificate import certify, hindsight
 
 SAMPLE = 16_384
@@ -78,17 +78,13 @@ class Certifier:
         for layer, parts in self._sample.items():
             scores_TE = torch.cat(parts) if parts else torch.empty(0, 1)
             if scores_TE.numel() and scores_TE.isfinite().all():
-                scores_TE = scores_TE[
-                    torch.randperm(len(scores_TE), generator=torch.Generator().manual_seed(self._step))
-                ]
+                shuffled = torch.randperm(len(scores_TE), generator=torch.Generator().manual_seed(self._step))
+                scores_TE = scores_TE[shuffled]
                 rows.append({"layer": layer, **certify(scores_TE, self.topk, self._bias[layer]).as_dict()})
                 kept |= {f"scores_{layer}": scores_TE[: self.kept].clone(), f"bias_{layer}": self._bias[layer]}
         if kept and self._step in self.pooled:
             self.folder.mkdir(parents=True, exist_ok=True)
-            path = self._file(self._step)
-            part = path.with_name(f".{path.name}.part")
-            save_file(kept, part)
-            os.replace(part, path)
+            replace(self._file(self._step), [save(kept)])
         self._sample = {}
         return rows
 

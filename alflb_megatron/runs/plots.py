@@ -127,6 +127,12 @@ def describe(run: _Run) -> tuple[str, str]:
     return model, f"trained on {data}, {len(run.steps_N):,} steps of {run.tokens:,} tokens"
 
 
+def dress(axes: Axes) -> None:
+    """A faint grid, and no frame above and to the right."""
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
 def logarithmic(axes: Axes) -> None:
     """A logarithmic y axis with plain numbers, as its range allows; called once everything is drawn."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLocator
@@ -163,8 +169,7 @@ def _draw_lines(axes: Axes, runs: Mapping[str, _Run]) -> None:
     axes.set_xlim(0, max(run.steps_N[-1] for run in runs.values()))
     axes.set_xlabel(f"training step   (thin: every global batch; thick: mean of the last {window} steps)")
     axes.set_ylabel("MaxVio, mean over the MoE layers\n(largest load - mean) / mean")
-    axes.grid(alpha=0.25)
-    axes.spines[["top", "right"]].set_visible(False)
+    dress(axes)
     columns = min(4, len(runs) + 1)
     # Above the axes, where it can hide no line.
     axes.legend(frameon=False, loc="lower left", bbox_to_anchor=(0, 1), ncols=columns, borderpad=0, fontsize=10)
@@ -272,8 +277,7 @@ def replay_figure(result: Mapping[str, Any]) -> Figure:
     axes.set_xlim(0, max(1, len(steps_S) - 1))
     axes.set_xlabel("updates made" + f"   (thin: every step; thick: mean of the last {window})" * (window > 1))
     axes.set_ylabel("MaxVio / sampling floor,\nmean over the layers")
-    axes.grid(alpha=0.25)
-    axes.spines[["top", "right"]].set_visible(False)
+    dress(axes)
     columns = 5 if max(len(label) for label, *_ in lines) < 14 else 4
     axes.legend(frameon=False, loc="lower left", bbox_to_anchor=(0, 1), ncols=columns, borderpad=0, fontsize=10)
     figure.suptitle(

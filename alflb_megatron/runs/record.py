@@ -96,7 +96,7 @@ def _dumps(value: Any, indent: int | None = None) -> str:
 
 def write_json(path: Path, value: Any) -> None:
     """Writes `value` to `path`, all of it or nothing."""
-    _replace(path, [_dumps(value, indent=2) + "\n"])
+    replace(path, [(_dumps(value, indent=2) + "\n").encode("utf-8")])
 
 
 def regular(path: Path) -> None:
@@ -127,9 +127,10 @@ def _loads(text: str) -> Any:
         raise ValueError("nested too deeply") from None
 
 
-def _replace(path: Path, pieces: Iterable[str]) -> None:
+def replace(path: Path, pieces: Iterable[bytes]) -> None:
+    """Writes a file, all of it or nothing: beside its place first, then onto the disk, then into its place."""
     part = path.with_name(f".{path.name}.part")
-    with part.open("w", encoding="utf-8") as file:
+    with part.open("wb") as file:
         file.writelines(pieces)
         file.flush()
         os.fsync(file.fileno())
@@ -292,7 +293,7 @@ class RunFolder:
                     kept = record["step"]
                     yield line
 
-        _replace(self.metrics, lines())
+        replace(self.metrics, (line.encode("utf-8") for line in lines()))
         if 0 < kept < self.last_step:
             text = f"{self.metrics} ends at step {kept}, the run goes on after step {self.last_step}"
             warnings.warn(text, UserWarning, stacklevel=3)

@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
+from alflb_megatron.runs.record import replace
 from alflb_megatron.runs.scores import FILE, FOLDER, FORMAT, Gating
 
 
@@ -56,14 +57,9 @@ class Recorder:
             return
         self.folder.mkdir(parents=True, exist_ok=True)
         path = self.folder / FILE.format(step=step, rank=self.rank)
-        part = path.with_name(f".{path.name}.part")
         about = {"format": FORMAT, "step": str(step), "ranks": str(self.ranks), **self.gating.as_metadata()}
         tensors = {f"layer_{layer}": torch.cat(parts) for layer, parts in self._seen.items() if parts}
-        with part.open("wb") as file:
-            file.write(save(tensors, metadata=about))
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(part, path)
+        replace(path, [save(tensors, metadata=about)])
         for parts in self._seen.values():
             parts.clear()
         self.left -= 1

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from alflb_megatron.runs.history import History
-from alflb_megatron.runs.plots import COLOURS, figure_class, logarithmic, smooth
+from alflb_megatron.runs.plots import COLOURS, dress, figure_class, logarithmic, smooth
 from alflb_megatron.runs.record import maxvio_text
 from alflb_megatron.runs.steps import Array, clean, number
 
@@ -49,11 +49,6 @@ def label(text: str, length: int = 34) -> str:
 def canvas(height: float) -> Figure:
     figure: Figure = figure_class()(figsize=(WIDTH, height), dpi=DPI, layout="constrained")
     return figure
-
-
-def dress(axes: Axes) -> None:
-    axes.grid(alpha=0.25)
-    axes.spines[["top", "right"]].set_visible(False)
 
 
 def _step_axis(axes: Axes, runs: Sequence[History]) -> None:

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from alflb_megatron.runs.history import History, Track
-from alflb_megatron.runs.report_figures import canvas, dress, steps_text
+from alflb_megatron.runs.plots import dress
+from alflb_megatron.runs.report_figures import canvas, steps_text
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

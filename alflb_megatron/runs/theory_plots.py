@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from alflb_megatron.runs.plots import COLOURS, DPI, figure_class, save
+from alflb_megatron.runs.plots import COLOURS, DPI, dress, figure_class, save
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -37,8 +37,7 @@ def _canvas(columns: int, width: float = 11.0, height: float = 4.2) -> tuple[Fig
     figure = figure_class()(figsize=(width, height), dpi=DPI, layout="constrained")
     axes = figure.subplots(1, columns, squeeze=False)[0]
     for one in axes:
-        one.grid(alpha=0.25)
-        one.spines[["top", "right"]].set_visible(False)
+        dress(one)
     return figure, axes
 
 

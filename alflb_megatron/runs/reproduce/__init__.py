@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from alflb_megatron.config import parse_options
+from alflb_megatron.runs.record import replace
 from alflb_megatron.runs.reproduce import collect, execute, figures, plan, tables
 from alflb_megatron.settings import SettingError
 
@@ -112,10 +113,7 @@ def _elsewhere(sweep: plan.Sweep, out: Path, kind: str, flags: argparse.Namespac
 
 
 def _finish(sweep: plan.Sweep, out: Path) -> None:
-    rows = collect.collect(sweep, out)
-    part = out / ".results.csv.part"
-    part.write_text(collect.as_csv(rows), encoding="utf-8")
-    os.replace(part, out / "results.csv")
+    replace(out / "results.csv", [collect.as_csv(collect.collect(sweep, out)).encode("utf-8")])
     write(sweep, collect.read_csv(out / "results.csv"), out)
 
 

@@ -24,7 +24,6 @@ from pathlib import Path
 from typing import Any
 
 from alflb_megatron.runs.demo import last_lines
-from alflb_megatron.runs.flops import gpu_hours
 from alflb_megatron.runs.plots import DATA_NAMES
 from alflb_megatron.runs.record import has_checkpoint, is_run, maxvio_text, read_json, saved_settings, write_json
 from alflb_megatron.runs.reproduce.plan import Run, Sweep, same_settings
@@ -245,9 +244,8 @@ def _absolute(run: Run) -> tuple[Run, list[str]]:
             raise SettingError("data", data, held)
         settings["data"], seen = str(path), [str(path.parent)] if there else []
     kind, _, name = run.plan.job.tokenizer.partition(":")
-    if (
-        name and (path := Path(os.path.abspath(Path(name).expanduser()))).exists()
-    ):  # else it is a name of the Hugging Face Hub
+    path = Path(os.path.abspath(Path(name).expanduser()))
+    if name and path.exists():  # else it is a name of the Hugging Face Hub
         settings["tokenizer"] = f"{kind}:{path}"
         seen.append(str(path if path.is_dir() else path.parent))
     return dataclasses.replace(run, settings=settings), seen
@@ -255,7 +253,7 @@ def _absolute(run: Run) -> tuple[Run, list[str]]:
 
 def _time_enough(sweep: Sweep, run: Run, limit: str) -> None:
     """Raises `SettingError` where a job's time limit is below the estimate for the run."""
-    hours = gpu_hours(run.plan.shape, run.tokens, sweep.utilisation) / run.plan.job.nproc
+    hours = sweep.hours_of(run) / run.plan.job.nproc
     days, _, clock = limit.rpartition("-")
     try:
         h, m, s = (int(part) for part in clock.split(":"))

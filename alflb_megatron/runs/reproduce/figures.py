@@ -8,12 +8,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from alflb_megatron.runs.plots import COLOURS, DPI, WIDTH, figure_class, logarithmic, save
+from alflb_megatron.runs.plots import COLOURS, DPI, WIDTH, dress, figure_class, logarithmic, save
 from alflb_megatron.runs.reproduce.collect import by_group, interval, swept
 from alflb_megatron.runs.reproduce.tables import label, labels
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 Rows = Sequence[Mapping[str, Any]]
@@ -24,11 +23,6 @@ STYLES = ("-", (0, (4, 1.5)), (0, (1, 1.2)))
 
 def _style(index: int) -> dict[str, Any]:
     return {"color": COLOURS[index % len(COLOURS)], "linestyle": STYLES[index // len(COLOURS) % len(STYLES)]}
-
-
-def _plain(axes: Axes) -> None:
-    axes.grid(alpha=0.25)
-    axes.spines[["top", "right"]].set_visible(False)
 
 
 def course(rows: Rows) -> Figure:
@@ -56,7 +50,7 @@ def course(rows: Rows) -> Figure:
         axes.set_title(f"{model}, {gate}", loc="left", fontsize=10.5)
         axes.set_ylabel("MaxVio of a global batch")
         axes.set_xlabel("training step")
-        _plain(axes)
+        dress(axes)
         axes.legend(frameon=False, fontsize=8.5, loc="center left", bbox_to_anchor=(1, 0.5))
     return figure
 
@@ -90,7 +84,7 @@ def against_published(rows: Rows) -> Figure:
         if place == 0:
             axes.set_xscale("log")
         axes.set_xlabel(title)
-        _plain(axes)
+        dress(axes)
         if place == 0:
             axes.legend(frameon=False, loc="lower left", bbox_to_anchor=(0, 1), ncols=2, borderpad=0, fontsize=9)
     return figure
@@ -132,7 +126,7 @@ def by_step_size(rows: Rows) -> Figure:
             axes.set_yscale("symlog", linthresh=linear_below)
         axes.set_xlabel(unit)
         axes.set_ylabel(title)
-        _plain(axes)
+        dress(axes)
         if place == 0:
             axes.legend(frameon=False, loc="lower left", bbox_to_anchor=(0, 1), ncols=4, borderpad=0, fontsize=9)
     return figure

@@ -105,7 +105,11 @@ class Sweep:
 
     def hours(self) -> float:
         """GPU-hours of all runs on H100s, by FLOPs and the stated utilisation."""
-        return sum(gpu_hours(run.plan.shape, run.tokens, self.utilisation) for run in self.runs)
+        return sum(map(self.hours_of, self.runs))
+
+    def hours_of(self, run: Run) -> float:
+        """Of one of its runs."""
+        return gpu_hours(run.plan.shape, run.tokens, self.utilisation)
 
     def changes(self) -> dict[str, dict[str, tuple[Any, Any]]]:
         """For each model, what the scale changed: setting -> (full size, here)."""
