@@ -45,7 +45,7 @@ test-hosts: $(HOSTS)/ready $(LAUNCH)/ready
 	$(LAUNCH)/bin/python -m pytest tests/recipes -k skypilot $(ARGS)
 
 test-latest: $(LATEST)/ready
-	$(LATEST)/bin/python -m pytest tests/test_routing.py tests/test_margins.py tests/test_loads.py tests/rules tests/theory tests/hosts tests/distributed $(ARGS)
+	$(LATEST)/bin/python -m pytest tests/test_routing.py tests/test_margins.py tests/test_loads.py tests/rules tests/lab/theory tests/hosts tests/distributed $(ARGS)
 
 setup: $(VENV)/ready
 hosts: $(HOSTS)/ready

@@ -50,7 +50,7 @@ class Record:
     the router has none. rejected: bool [layers], True where the update was refused and the bias stayed as it was.
     drift: float32 [layers], the largest move of a bias, score units. gain: float32 [layers], the rule's gain, NaN where
     it has none. curvature: float64 [layers], mean eigenvalue of the dual's Hessian on the zero-sum subspace per token
-    (theory/curvature.py: the modulus of strong convexity is at most that), NaN where margins are not measured.
+    (lab/theory/curvature.py: the modulus of strong convexity is at most that), NaN where margins are not measured.
     alarms: lines given after this update.
     """
 

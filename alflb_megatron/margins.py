@@ -157,7 +157,8 @@ def move_to_load(histogram_LEB: Tensor, load_L1: Tensor) -> Tensor:
 def density_at_tie(histogram_LEB: Tensor, loads_LE: Tensor, share: float = 0.1) -> Tensor:
     """How much of its tokens an expert wins or loses with its bias, float64 [L], mean over experts, a unit of score.
 
-    That is the density of margins at zero: the mean of the diagonal of the dual's Hessian per token (theory/curvature).
+    That is the density of margins at zero: the mean of the diagonal of the dual's Hessian per token
+    (lab/theory/curvature).
     It is taken from the nearest bins around zero that hold `share` of the load; 0 where a layer saw no token.
 
     Args:

@@ -1,6 +1,6 @@
 """How well each rule balances: all rules, their published defaults, on simulated and on recorded score streams.
 
-Nothing is tuned to a stream. Figures are those of `alflb replay` (`alflb_megatron.runs.replay`): MaxVio over the
+Nothing is tuned to a stream. Figures are those of `alflb replay` (`alflb_megatron.lab.replay.replay`): MaxVio over the
 sampling floor from step 10 on, steps from a cold start to twice the floor, scores kept. Recorded streams come from real
 trainings of the preset `small` (`RECORDED`), made on the first run and kept in --runs. Repeat with
 
@@ -21,10 +21,10 @@ from typing import Any
 import torch
 
 from alflb_megatron import rules
+from alflb_megatron.lab.records.files import write_json
+from alflb_megatron.lab.replay.replay import replay
+from alflb_megatron.lab.replay.scores import Recording, open_scores
 from alflb_megatron.rules import Rule
-from alflb_megatron.runs.record import write_json
-from alflb_megatron.runs.replay import replay
-from alflb_megatron.runs.scores import Recording, open_scores
 from benchmarks import machine
 from benchmarks.streams import BEYOND, SIMULATED
 
@@ -59,7 +59,7 @@ def record(name: str, folder: Path, seed: int) -> Path:
     """The run folder of a recorded stream; trains it where it is not there yet."""
     run = folder / f"{name.replace(': ', '-').replace(', ', '-').replace(' ', '-')}-{seed}"
     if not (run / "summary.json").exists():  # after a change of the code or of RECORDED remove the folder
-        command = [sys.executable, "-m", "alflb_megatron.cli", "train", "--preset", "small", *RECORDED[name]]
+        command = [sys.executable, "-m", "alflb_megatron.lab.cli", "train", "--preset", "small", *RECORDED[name]]
         command += ["--nproc", "1", "--ep", "1", "--steps", str(STEPS), "--record-scores", str(STEPS), "--no-save"]
         command += ["--seed", str(1234 + seed), "--out", str(run)]
         subprocess.run(command, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, stderr=subprocess.DEVNULL)

@@ -1,8 +1,8 @@
 """Cluster scale on paper: our all-reduce against the step, and what balance is worth under expert parallelism (EP).
 
-No cluster was used. Step time is model FLOPs over (GPUs x peak x utilisation): FLOPs from `alflb_megatron.runs.flops`,
-the all-reduce from the alpha-beta model of `benchmarks.scale` with its constants. It is one all-reduce a pipeline stage
-and global batch, over all ranks of the stage, of what `LoadSum` really sends.
+No cluster was used. Step time is model FLOPs over (GPUs x peak x utilisation): FLOPs from
+`alflb_megatron.lab.sweep.flops`, the all-reduce from the alpha-beta model of `benchmarks.scale` with its constants. It
+is one all-reduce a pipeline stage and global batch, over all ranks of the stage, of what `LoadSum` really sends.
 
 What balance is worth is a simulation of Megatron-Core's all-to-all dispatcher over recorded loads. Experts lie in order
 on the EP ranks, E / EP each; every rank routes as many tokens, with the same shares over the experts. In an MoE layer
@@ -40,8 +40,8 @@ import torch
 from torch import Tensor
 
 from alflb_megatron import agreement, metrics
-from alflb_megatron.models import PRESETS, ModelShape
-from alflb_megatron.runs.flops import (
+from alflb_megatron.lab.records.files import write_json
+from alflb_megatron.lab.sweep.flops import (
     H100_PEAK,
     UTILISATION,
     Attention,
@@ -50,8 +50,8 @@ from alflb_megatron.runs.flops import (
     gpu_hours,
     multi_head,
 )
-from alflb_megatron.runs.job import SCHEDULES
-from alflb_megatron.runs.record import write_json
+from alflb_megatron.lab.training.job import SCHEDULES
+from alflb_megatron.models import PRESETS, ModelShape
 from benchmarks import cluster_loads, scale
 from benchmarks.scale import NETWORK, NVLINK, RANKS_A_NODE
 

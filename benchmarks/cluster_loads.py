@@ -20,8 +20,9 @@ import torch
 from torch import Tensor
 
 from alflb_megatron import metrics
-from alflb_megatron.runs.job import Plan, resolve
-from alflb_megatron.runs.record import read_json, read_metrics
+from alflb_megatron.lab.records.files import read_json
+from alflb_megatron.lab.records.metrics_file import read_metrics
+from alflb_megatron.lab.training.job import Plan, resolve
 from benchmarks import in_training
 
 EP = (2, 4, 8, 16, 64)

@@ -6,7 +6,7 @@ import textwrap
 from collections.abc import Mapping
 from typing import Any
 
-from alflb_megatron.runs.job import BUILTIN_RATE
+from alflb_megatron.lab.training.job import BUILTIN_RATE
 from benchmarks import cluster_tables as tables
 from benchmarks.scale import ms_text
 
@@ -66,7 +66,7 @@ Written by `make docs` from `benchmarks/results/cluster.json`; do not edit. No c
 FLOPs over an assumed utilisation, the all-reduce is priced by the alpha-beta model of [Scale](benchmarks.md#scale), and
 what balance is worth is a simulation over loads recorded in small trainings. Formulas and constants, each with its
 source: [`benchmarks/cluster.py`](../benchmarks/cluster.py),
-[`alflb_megatron/runs/flops.py`](../alflb_megatron/runs/flops.py).
+[`alflb_megatron/lab/sweep/flops.py`](../alflb_megatron/lab/sweep/flops.py).
 
 ## The step
 

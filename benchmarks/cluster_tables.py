@@ -165,7 +165,7 @@ def figure(found: Mapping[str, Any]) -> Figure:
     """
     from matplotlib.figure import Figure
 
-    from alflb_megatron.runs.plots import COLOURS, DPI, dress
+    from alflb_megatron.lab.display.plots import COLOURS, DPI, dress
 
     drawn = Figure(figsize=(5.0 * len(found["loads"]), 4.2), dpi=DPI, layout="constrained")
     for panel, (name, loads) in enumerate(found["loads"].items(), 1):

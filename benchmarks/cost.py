@@ -122,8 +122,8 @@ def _kinds(config: Any, gate: str) -> dict[str, Kind]:
 
 def measure(experts: int, tokens: int, gate: str, rounds: int) -> dict[str, Any]:
     """Median seconds and ratios of every kind for one shape."""
-    from alflb_megatron.runs import build
-    from alflb_megatron.runs.job import resolve
+    from alflb_megatron.lab.training import build
+    from alflb_megatron.lab.training.job import resolve
 
     plan = resolve({"rule": "none", "nproc": 1, "ep": 1}, {"num_experts": experts, "topk": TOPK[experts]}, {})
     config = dataclasses.replace(
@@ -196,7 +196,7 @@ def run(quick: bool, rounds: int) -> dict[str, Any]:
     cpu.prepare()
     from megatron.core import parallel_state
 
-    from alflb_megatron.runs import build, launch
+    from alflb_megatron.lab.training import build, launch
     from benchmarks import machine
 
     torch.set_num_threads(1)
@@ -220,7 +220,7 @@ def run(quick: bool, rounds: int) -> dict[str, Any]:
 
 
 def main() -> None:
-    from alflb_megatron.runs.record import write_json
+    from alflb_megatron.lab.records.files import write_json
     from benchmarks import machine
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)

@@ -24,10 +24,13 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from alflb_megatron.lab.records.files import write_json
+from alflb_megatron.lab.records.metrics_file import read_metrics
+from alflb_megatron.lab.records.summary import maxvio_text
+from alflb_megatron.lab.records.versions import git_revision
+from alflb_megatron.lab.sweep.demo import TrainingFailed, failure
+from alflb_megatron.lab.training.job import Plan, resolve
 from alflb_megatron.metrics import sampling_floor
-from alflb_megatron.runs.demo import TrainingFailed, failure
-from alflb_megatron.runs.job import Plan, resolve
-from alflb_megatron.runs.record import git_revision, maxvio_text, read_metrics, write_json
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -74,7 +77,7 @@ def settings(preset: str, mode: str, seed: int, steps: int) -> dict[str, Any]:
 
 def command(options: Mapping[str, Any], out: Path) -> list[str]:
     """The command line of a run."""
-    words = [sys.executable, "-m", "alflb_megatron.cli", "train", "--out", str(out)]
+    words = [sys.executable, "-m", "alflb_megatron.lab.cli", "train", "--out", str(out)]
     for name, value in options.items():
         flag = name.replace("_", "-")
         words += [f"--{flag}" if value else f"--no-{flag}"] if isinstance(value, bool) else [f"--{flag}", str(value)]
@@ -277,7 +280,7 @@ def figure(results: Mapping[str, Any]) -> Figure:
     """MaxVio over the steps, mean over seeds, one panel a preset; the sampling floor dotted."""
     from matplotlib.figure import Figure
 
-    from alflb_megatron.runs.plots import COLOURS, DPI, dress
+    from alflb_megatron.lab.display.plots import COLOURS, DPI, dress
 
     presets = results["presets"]
     drawn = Figure(figsize=(5.0 * len(presets), 4.0), dpi=DPI, layout="constrained")

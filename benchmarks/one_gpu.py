@@ -33,10 +33,14 @@ from typing import Any
 import torch
 
 from alflb_megatron import cli
+from alflb_megatron.lab.records.files import read_json, write_json
+from alflb_megatron.lab.records.metrics_file import read_metrics
+from alflb_megatron.lab.records.summary import maxvio_text
+from alflb_megatron.lab.records.versions import git_revision
+from alflb_megatron.lab.sweep.demo import TrainingFailed
+from alflb_megatron.lab.training.command import plan_of
+from alflb_megatron.lab.training.job import Job
 from alflb_megatron.models import PRESETS
-from alflb_megatron.runs.demo import TrainingFailed
-from alflb_megatron.runs.job import Job
-from alflb_megatron.runs.record import git_revision, maxvio_text, read_json, read_metrics, write_json
 from alflb_megatron.settings import SettingError, given_flags
 from benchmarks import in_training
 from benchmarks.machine import RESULTS, describe
@@ -111,9 +115,9 @@ def measure(words: Sequence[str], result: Path) -> int:
     from alflb_megatron.hosts import cpu
 
     cpu.prepare()
-    from alflb_megatron.runs.train import _Session
+    from alflb_megatron.lab.training.train import _Session
 
-    plan = cli.plan_of(cli.parser().parse_args(words))
+    plan = plan_of(cli.parse(words))
     _put_ranges(ours=plan.alf is not None)
     cuda = torch.cuda.is_available()
     kinds = torch.profiler.ProfilerActivity
@@ -289,13 +293,13 @@ def _check(preset: str, rules: Sequence[str], steps: int, rounds: int, flags: Se
     for flag, value, least in (("--steps", steps, 3), ("--rounds", rounds, 1)):
         if value < least:
             raise SettingError(flag, value, f"must be at least {least}")
-    given = given_flags(cli.parser().parse_args(["train", *flags]), Job)
+    given = given_flags(cli.parse(["train", *flags]), Job)
     for name in FIXED:
         if name in given:
             raise SettingError(f"--{name}", given[name], "is set by the benchmark and cannot be given after --")
     for rule in rules:
         words = in_training.command(settings(preset, rule, steps, in_training.FIRST_SEED), Path("unused"))[3:]
-        cli.plan_of(cli.parser().parse_args([*words, *flags]))
+        plan_of(cli.parse([*words, *flags]))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

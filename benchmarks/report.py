@@ -13,7 +13,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from alflb_megatron.runs import theory, theory_plots
+from alflb_megatron.lab.theory import command as theory
+from alflb_megatron.lab.theory import plots as theory_plots
 from benchmarks import (
     all_reduce,
     balance,
@@ -84,7 +85,7 @@ def balance_figure(found: dict[str, Any]) -> Figure:
     """MaxVio over the sampling floor, step by step, for a few streams and rules."""
     from matplotlib.figure import Figure
 
-    from alflb_megatron.runs.plots import COLOURS, DPI, dress
+    from alflb_megatron.lab.display.plots import COLOURS, DPI, dress
 
     rows = [row for row in found["rows"] if row["stream"] in DRAWN]
     drawn = Figure(figsize=(4.2 * len(rows), 3.6), dpi=DPI, layout="constrained")

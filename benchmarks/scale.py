@@ -242,7 +242,7 @@ def table(results: dict[str, Any]) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    from alflb_megatron.runs.record import write_json
+    from alflb_megatron.lab.records.files import write_json
     from benchmarks import machine
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)

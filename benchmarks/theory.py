@@ -12,8 +12,8 @@ from pathlib import Path
 
 import torch
 
-from alflb_megatron.runs import theory
-from alflb_megatron.runs.record import write_json
+from alflb_megatron.lab.records.files import write_json
+from alflb_megatron.lab.theory import command as theory
 from benchmarks import machine
 
 

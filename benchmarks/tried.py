@@ -18,12 +18,12 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from alflb_megatron.lab.records.files import write_json
+from alflb_megatron.lab.replay.replay import replay
 from alflb_megatron.margins import BINS, SIDE, Threshold, move_to_load
 from alflb_megatron.metrics import correlation
 from alflb_megatron.rules import Rule, State, Stats
 from alflb_megatron.rules.adaptive import Adaptive
-from alflb_megatron.runs.record import write_json
-from alflb_megatron.runs.replay import replay
 from benchmarks import machine
 from benchmarks.streams import BEYOND, SIMULATED
 

@@ -21,9 +21,9 @@ import torch
 from torch import Tensor
 
 from alflb_megatron import rules
-from alflb_megatron.runs.record import write_json
-from alflb_megatron.runs.replay import replay
-from alflb_megatron.runs.scores import Recording, open_scores
+from alflb_megatron.lab.records.files import write_json
+from alflb_megatron.lab.replay.replay import replay
+from alflb_megatron.lab.replay.scores import Recording, open_scores
 from benchmarks import machine
 from benchmarks.balance import RECORDED, SEED, record
 
@@ -36,8 +36,8 @@ class Upstream:
         from megatron.core.transformer.moe.moe_utils import get_default_pg_collection
         from megatron.core.transformer.moe.router import TopKRouter
 
-        from alflb_megatron.runs import build
-        from alflb_megatron.runs.job import resolve
+        from alflb_megatron.lab.training import build
+        from alflb_megatron.lab.training.job import resolve
 
         self.finalize: Any = sys.modules["megatron.core.distributed.finalize_model_grads"]
         self.gate, self.topk = recording.gating.score_function, recording.topk
@@ -89,7 +89,7 @@ def main() -> None:
     cpu.prepare()
     from megatron.core import parallel_state
 
-    from alflb_megatron.runs import build, launch
+    from alflb_megatron.lab.training import build, launch
 
     torch.set_num_threads(1)
     launch.as_single_rank()

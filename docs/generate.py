@@ -11,10 +11,10 @@ from alflb_megatron import rules
 from alflb_megatron.config import PREFIX, ALFConfig
 from alflb_megatron.hosts import cpu
 from alflb_megatron.hosts.cpu import trainers
+from alflb_megatron.lab.data.prepare import Preparation
+from alflb_megatron.lab.sweep import collect, figures, plan, tables
+from alflb_megatron.lab.training.job import Job
 from alflb_megatron.models import ModelShape
-from alflb_megatron.runs.data.prepare import Preparation
-from alflb_megatron.runs.job import Job
-from alflb_megatron.runs.reproduce import collect, figures, plan, tables
 from alflb_megatron.settings import markdown_table
 
 HERE = Path(__file__).parent

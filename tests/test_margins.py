@@ -191,7 +191,7 @@ def test_no_choice_is_left_to_make_where_every_expert_is_chosen() -> None:
 def test_the_density_at_a_tie_is_the_mean_eigenvalue_of_the_theory() -> None:
     from scipy import stats
 
-    from alflb_megatron.theory.curvature import IndependentScores, laplacian
+    from alflb_megatron.lab.theory.curvature import IndependentScores, laplacian
 
     experts, topk, tokens = 8, 2, 200_000
     spread = [0.8 + 0.05 * k for k in range(experts)]

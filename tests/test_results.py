@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from alflb_megatron.cli import main
-from alflb_megatron.runs.reproduce import collect, figures
+from alflb_megatron.lab.cli import main
+from alflb_megatron.lab.sweep import collect, figures
 
 DOCS = Path(__file__).parent.parent / "docs"
 SWEEPS = ("wang2024", "han_zhong", "beyond")

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from alflb_megatron.config import PREFIX, ALFConfig, parse_options
+from alflb_megatron.lab.training.job import Job
 from alflb_megatron.models import ModelShape
-from alflb_megatron.runs.job import Job
 from alflb_megatron.settings import SettingError, add_flags, given_environment, given_flags, knobs
 
 ROOT = Path(__file__).parent.parent

@@ -6,11 +6,13 @@ import math
 import pytest
 
 from alflb_megatron import rules
+from alflb_megatron.lab.records.run_folder import RunFolder
+from alflb_megatron.lab.records.summary import summarise
+from alflb_megatron.lab.training.command import plan_of
+from alflb_megatron.lab.training.job import resolve
 from alflb_megatron.loads import LoadSum, LoadWindow
 from alflb_megatron.margins import BINS
 from alflb_megatron.metrics import sampling_floor
-from alflb_megatron.runs.job import resolve
-from alflb_megatron.runs.record import RunFolder, summarise
 from benchmarks import all_reduce, in_training, scale
 
 # -- scale ------------------------------------------------------------------------------------------------------------
@@ -197,4 +199,4 @@ def test_the_command_line_gives_the_settings():
 
     options = in_training.settings("tiny", "aux", 7, 3)
     words = in_training.command(options, "x")[3:]
-    assert cli.plan_of(cli.parser().parse_args(words)) == resolve({**options, "out": "x"}, {}, {})
+    assert plan_of(cli.parse(words)) == resolve({**options, "out": "x"}, {}, {})

@@ -8,11 +8,13 @@ import pytest
 import torch
 
 from alflb_megatron import agreement, metrics, rules
+from alflb_megatron.lab.records.run_folder import RunFolder
+from alflb_megatron.lab.records.summary import summarise
+from alflb_megatron.lab.sweep import flops
+from alflb_megatron.lab.training.command import plan_of
+from alflb_megatron.lab.training.job import resolve
 from alflb_megatron.loads import LoadSum, LoadWindow
 from alflb_megatron.models import PRESETS, ModelShape
-from alflb_megatron.runs import flops
-from alflb_megatron.runs.job import resolve
-from alflb_megatron.runs.record import RunFolder, summarise
 from benchmarks import cluster, cluster_loads, cluster_tables, report, scale
 from benchmarks.cluster import MODELS, ONE_B, V3
 
@@ -224,7 +226,7 @@ def test_the_command_line_gives_the_settings():
     for name, shape in cluster_loads.RECORDED.items():
         options = cluster_loads.run_settings("builtin", 3)
         words = in_training.command({**options, **shape}, "x")[3:]
-        assert cli.plan_of(cli.parser().parse_args(words)) == resolve({**options, "out": "x"}, shape, {})
+        assert plan_of(cli.parse(words)) == resolve({**options, "out": "x"}, shape, {})
         large = next(model.shape for model in MODELS if model.name == name)
         assert (shape["num_experts"], shape["topk"]) == (large.num_experts, large.topk)
 

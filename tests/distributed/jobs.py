@@ -1,4 +1,4 @@
-"""Small training jobs for the tests, built by the package's own `runs.build` and run by Megatron's own schedules."""
+"""Small training jobs for the tests, built by `lab.training.build` and run by Megatron's own schedules."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from alflb_megatron.runs.job import Plan, resolve
+from alflb_megatron.lab.training.job import Plan, resolve
 from tests.distributed.ranks import model_parallel
 
 SMALL = {
@@ -78,7 +78,7 @@ class Runner:
         from megatron.core import parallel_state
         from megatron.core.transformer.moe.router import TopKRouter
 
-        from alflb_megatron.runs import build
+        from alflb_megatron.lab.training import build
 
         self.plan = plan_
         self.trainee = build.trainee(plan_)

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch.distributed.launcher.api import elastic_launch
 
 from alflb_megatron.hosts import cpu
-from alflb_megatron.runs.launch import launch_config
+from alflb_megatron.lab.training.launch import launch_config
 
 
 def run(nproc: int, function: Callable[..., Any], *args: Any, without: tuple[str, ...] = ()) -> list[Any]:
@@ -42,7 +42,7 @@ def model_parallel(**sizes: int | None) -> Iterator[None]:
     """Megatron-Core's process groups of the given sizes, with its random state seeded."""
     from megatron.core import parallel_state
 
-    from alflb_megatron.runs import build
+    from alflb_megatron.lab.training import build
 
     parallel_state.initialize_model_parallel(**sizes)
     build.seed_ranks(1234)

@@ -125,8 +125,8 @@ def _alone(widths: list[int], padded: bool) -> list[tuple[list[int], list[int], 
 
     from alflb_megatron.balancer import Balancer
     from alflb_megatron.config import ALFConfig
+    from alflb_megatron.lab.training import build
     from alflb_megatron.router import ALFRouter
-    from alflb_megatron.runs import build
 
     plan = jobs.plan({"rule": "sign", "nproc": 2, "ep": 2})
     generator = torch.Generator().manual_seed(torch.distributed.get_rank())

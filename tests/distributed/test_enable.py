@@ -120,7 +120,7 @@ def test_one_line_or_explicit_is_the_same_and_can_be_taken_back() -> None:
 
 def _with_the_builtin_flag() -> str:
     """On a rank: our router under moe_router_enable_expert_bias=True, where Megatron-Core's updater runs as well."""
-    from alflb_megatron.runs import build
+    from alflb_megatron.lab.training import build
 
     plan = jobs.plan({"rule": "sign", "nproc": 2, "ep": 2}, step_size=0.01)
     once = jobs.trace(plan, 6)

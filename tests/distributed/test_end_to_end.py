@@ -12,8 +12,9 @@ from typing import Any
 import pytest
 from torch.distributed.checkpoint.metadata import Metadata
 
-from alflb_megatron.runs import record
-from alflb_megatron.runs.job import resolve
+from alflb_megatron.lab.records import metrics_file
+from alflb_megatron.lab.records.run_folder import CONFIG_KEYS, RunFolder
+from alflb_megatron.lab.training.job import resolve
 from alflb_megatron.settings import SettingError
 from tests.distributed import jobs, ranks
 from tests.distributed.test_resume import PACKAGE
@@ -31,8 +32,8 @@ def _summary(command: list[str]) -> dict[str, Any]:
 
 
 def test_the_run_folder_of_each_kind_of_rule(tmp_path: Path) -> None:
-    alflb, torchrun = [sys.executable, "-m", "alflb_megatron.cli"], [sys.executable, "-m", "torch.distributed.run"]
-    under_torchrun = [*torchrun, "--standalone", "--nproc-per-node", "2", "-m", "alflb_megatron.cli"]
+    alflb, torchrun = [sys.executable, "-m", "alflb_megatron.lab.cli"], [sys.executable, "-m", "torch.distributed.run"]
+    under_torchrun = [*torchrun, "--standalone", "--nproc-per-node", "2", "-m", "alflb_megatron.lab.cli"]
     plain = _summary([*under_torchrun, *TRAIN, "--rule", "none", "--out", str(tmp_path / "none")])
     builtin = _summary([*alflb, *TRAIN, "--rule", "builtin", "--no-save", "--out", str(tmp_path / "builtin")])
     words = ["--rule", "harmonic", "--gate", "softmax", "--load", plain["checkpoint"], "--out", str(tmp_path / "ours")]
@@ -43,10 +44,10 @@ def test_the_run_folder_of_each_kind_of_rule(tmp_path: Path) -> None:
         folder = tmp_path / name
         assert summary == json.loads((folder / "summary.json").read_text())
         config = json.loads((folder / "config.json").read_text())
-        assert set(config) == set(record.CONFIG_KEYS)
+        assert set(config) == set(CONFIG_KEYS)
         assert config["versions"]["megatron-core"]
         assert config["parts"]["collectives"] in ("gloo", "nccl")
-        steps = list(record.read_metrics(folder))
+        steps = list(metrics_file.read_metrics(folder))
         assert [step["step"] for step in steps] == [1, 2, 3, 4]
         for step in steps:
             assert step["layers"] == [2, 3, 4]
@@ -58,7 +59,7 @@ def test_the_run_folder_of_each_kind_of_rule(tmp_path: Path) -> None:
 
 
 def _weights() -> list[float]:
-    from alflb_megatron.runs import build
+    from alflb_megatron.lab.training import build
 
     plan = resolve({"nproc": 2, "ep": 1, "pp": 2}, jobs.SMALL, {})
     with ranks.model_parallel(**jobs.sizes(plan)):
@@ -82,7 +83,7 @@ def _checkpoint(folder: Path, name: str) -> None:
 
 
 def _find(folder: Path) -> list[Any]:
-    from alflb_megatron.runs import checkpoint
+    from alflb_megatron.lab.training import checkpoint
 
     _checkpoint(folder / "checkpoints", "step_00000003")
     _checkpoint(folder / "checkpoints", "step_00000009.part")
@@ -105,10 +106,10 @@ def test_a_half_written_checkpoint_is_never_taken_for_a_whole_one(tmp_path: Path
 
 
 def test_a_run_killed_in_its_first_save_starts_anew(tmp_path: Path) -> None:
-    with record.RunFolder(tmp_path) as folder:
+    with RunFolder(tmp_path) as folder:
         folder.write_config({}, {}, {}, {"total": 1, "active": 1})
     (tmp_path / "checkpoints" / "step_00000003.part").mkdir(parents=True)
-    record.RunFolder(tmp_path).close()
+    RunFolder(tmp_path).close()
     (tmp_path / "checkpoints" / "step_00000006").mkdir()
     with pytest.raises(SettingError, match="--resume"):
-        record.RunFolder(tmp_path)
+        RunFolder(tmp_path)

@@ -138,7 +138,7 @@ def test_one_pass_over_some_batches_balances_them(rule: str, frozen: bool, shape
 
 
 def _changed(folder: Path, writer: str, reader: str) -> dict[str, Any]:
-    from alflb_megatron.runs import checkpoint
+    from alflb_megatron.lab.training import checkpoint
 
     lines = _Lines()
     logging.getLogger("alflb_megatron").addHandler(lines)

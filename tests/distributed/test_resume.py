@@ -28,7 +28,7 @@ def _words(out: Path, *more: str) -> list[str]:
 
 
 def _command(*words: str) -> list[str]:
-    return [sys.executable, "-m", "alflb_megatron.cli", *words]
+    return [sys.executable, "-m", "alflb_megatron.lab.cli", *words]
 
 
 def _metrics(folder: Path) -> list[dict[str, Any]]:
@@ -100,9 +100,9 @@ def _other_split(whole: Path, killed: Path, settings: dict[str, Any]) -> None:
 
 def _resumed_alone(folder: Path) -> dict[str, Any]:
     """On one rank: biases and n as loaded, and the losses of the next two steps of training."""
-    from alflb_megatron.runs import checkpoint
-    from alflb_megatron.runs.job import Plan
-    from alflb_megatron.runs.train import _Session
+    from alflb_megatron.lab.training import checkpoint
+    from alflb_megatron.lab.training.job import Plan
+    from alflb_megatron.lab.training.train import _Session
 
     values = json.loads((folder / "config.json").read_text())["settings"]
     values["job"] |= {"nproc": 1, "ep": 1, "pp": 1, "resume": True, "steps": STEPS}
@@ -123,7 +123,7 @@ def _resumed_alone(folder: Path) -> dict[str, Any]:
 
 def _exchange(folder: Path) -> dict[str, Any]:
     """On a rank: a checkpoint by Megatron-Core's own bias read by ours, and one of ours read by Megatron-Core's."""
-    from alflb_megatron.runs import checkpoint
+    from alflb_megatron.lab.training import checkpoint
 
     found: dict[str, Any] = {}
     own = jobs.plan({"rule": "builtin", "nproc": 2, "ep": 2}, step_size=0.01)

@@ -16,7 +16,7 @@ def _router(alf: dict[str, Any] | None = None, **config: Any) -> Any:
 
     from alflb_megatron.config import ALFConfig
     from alflb_megatron.hosts.core import RouterBuilder
-    from alflb_megatron.runs import build
+    from alflb_megatron.lab.training import build
 
     plan = jobs.plan({"rule": "sign", "nproc": 1})
     config_ = dataclasses.replace(build.transformer_config(plan), **config)

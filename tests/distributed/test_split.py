@@ -28,8 +28,8 @@ def _fed_exactly(alf: dict[str, Any], sizes: dict[str, int]) -> dict[str, Any]:
 
     from alflb_megatron.balancer import Balancer
     from alflb_megatron.config import ALFConfig
+    from alflb_megatron.lab.training import build
     from alflb_megatron.router import ALFRouter
-    from alflb_megatron.runs import build
 
     plan = jobs.plan({"rule": "proportional", "nproc": torch.distributed.get_world_size()})
     generator = torch.Generator().manual_seed(7)
@@ -103,7 +103,7 @@ def test_loads_and_bias_do_not_depend_on_the_split() -> None:
 
 
 def _saved(folder: Path) -> None:
-    from alflb_megatron.runs import checkpoint
+    from alflb_megatron.lab.training import checkpoint
 
     plan = jobs.plan({"rule": "proportional", "nproc": 1}, step_size=0.05)
     with ranks.model_parallel(**jobs.sizes(plan)):
@@ -115,7 +115,7 @@ def _saved(folder: Path) -> None:
 
 def _one_batch(folder: Path, job: dict[str, Any]) -> tuple[dict[int, list[int]], dict[int, list[float]], float]:
     """On a rank: loads and biases by layer after one global batch from the saved model, and the narrowest choice."""
-    from alflb_megatron.runs import checkpoint
+    from alflb_megatron.lab.training import checkpoint
 
     plan = jobs.plan({"rule": "proportional", **job}, step_size=0.05)
     with ranks.model_parallel(**jobs.sizes(plan)):

@@ -14,8 +14,12 @@ from typing import Any
 
 from alflb_megatron import cli
 from alflb_megatron.config import PREFIX, ALFConfig
-from alflb_megatron.runs.data import open_data
-from alflb_megatron.runs.record import RunFolder, is_run, read_json, read_metrics, summarise
+from alflb_megatron.lab.data import open_data
+from alflb_megatron.lab.records.files import read_json
+from alflb_megatron.lab.records.metrics_file import read_metrics
+from alflb_megatron.lab.records.run_folder import RunFolder, is_run
+from alflb_megatron.lab.records.summary import summarise
+from alflb_megatron.lab.training.command import plan_of
 from alflb_megatron.settings import from_mapping, given_environment
 from tests.fuzz import mutate
 from tests.fuzz.mutate import Random
@@ -81,7 +85,7 @@ def config(random: Random, seeds: Path, folder: Path) -> Any:
     _damage(random, run / "config.json", mutate.json_text)
     is_run(run)
     words = random.choice(([], ["--steps", "9"], ["--rule", "quantile"], ["--nproc", "2"]))
-    return cli.plan_of(cli.parser().parse_args(["train", "--resume", "--out", str(run), *words]))
+    return plan_of(cli.parse(["train", "--resume", "--out", str(run), *words]))
 
 
 @kind(1400)
@@ -110,7 +114,7 @@ def summary(random: Random, seeds: Path, folder: Path) -> Any:
 
 @kind(500)
 def job(random: Random, seeds: Path, folder: Path) -> Any:
-    from alflb_megatron.runs import checkpoint
+    from alflb_megatron.lab.training import checkpoint
 
     found = folder / "checkpoints" / "step_00000002"
     shutil.copytree(seeds / "trained" / "checkpoints" / found.name, found)
@@ -121,7 +125,7 @@ def job(random: Random, seeds: Path, folder: Path) -> Any:
 @kind(700)
 def checkpoint(random: Random, seeds: Path, folder: Path) -> Any:
     """The pickles and tensors of a checkpoint, up to the state of a real model and optimizer where they pass."""
-    from alflb_megatron.runs import checkpoint as module
+    from alflb_megatron.lab.training import checkpoint as module
     from tests.fuzz import trainee
 
     shutil.copytree(seeds / "trained" / "checkpoints" / "step_00000002", folder / "step_00000002")
@@ -191,7 +195,7 @@ def flags(random: Random, seeds: Path, folder: Path) -> Any:
         if name == "--alflb-rule-options":
             value = ",".join(f"{random.choice(('step_size', 'ema', 'against', 'x', ''))}={value}" for _ in range(2))
         words.append(f"{name}={value}")
-    return cli.plan_of(cli.parser().parse_args(["train", *words]))
+    return plan_of(cli.parse(["train", *words]))
 
 
 @kind(400)

@@ -13,11 +13,11 @@ import numpy as np
 import torch
 from safetensors.torch import save_file
 
-from alflb_megatron.runs.job import resolve
-from alflb_megatron.runs.patch import SCRIPT, VERSION_FILE, patches
-from alflb_megatron.runs.record import RunFolder
-from alflb_megatron.runs.recorder import Recorder
-from alflb_megatron.runs.scores import Gating
+from alflb_megatron.lab.records.run_folder import RunFolder
+from alflb_megatron.lab.replay.scores import Gating
+from alflb_megatron.lab.tools.patch import SCRIPT, VERSION_FILE, patches
+from alflb_megatron.lab.training.job import resolve
+from alflb_megatron.lab.training.score_recorder import Recorder
 
 ROOT = Path(__file__).parents[2]
 SHAPE = {
@@ -105,7 +105,7 @@ def checkpoint(folder: Path, optimizer: str = "adam") -> Path:
     flags = {**JOB, **SHAPE, "steps": 2, "optimizer": optimizer, "rule": "adaptive", "out": str(folder)}
     words = [word for name, value in flags.items() for word in (f"--{name.replace('_', '-')}", str(value))]
     done = subprocess.run(
-        [sys.executable, "-m", "alflb_megatron.cli", "train", *words], capture_output=True, text=True, timeout=500
+        [sys.executable, "-m", "alflb_megatron.lab.cli", "train", *words], capture_output=True, text=True, timeout=500
     )
     assert done.returncode == 0, done.stderr[-2000:]
     return folder / "checkpoints" / "step_00000002"

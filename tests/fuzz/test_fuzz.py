@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from alflb_megatron.runs.record import versions, write_json
+from alflb_megatron.lab.records.files import write_json
+from alflb_megatron.lab.records.versions import versions
 from tests.fuzz import campaign, seeds
 from tests.fuzz.kinds import KINDS
 

@@ -21,10 +21,11 @@ import torch
 from torch.distributed.checkpoint.metadata import Metadata
 
 from alflb_megatron import cli
-from alflb_megatron.runs import checkpoint
-from alflb_megatron.runs.data import open_data
-from alflb_megatron.runs.pickles import Made, Refused, look
-from alflb_megatron.runs.vetting import METADATA, OBJECT, vet
+from alflb_megatron.lab.checkpoints.pickle_scan import Made, Refused, look
+from alflb_megatron.lab.checkpoints.scan import METADATA, OBJECT, vet
+from alflb_megatron.lab.data import open_data
+from alflb_megatron.lab.training import checkpoint
+from alflb_megatron.lab.training.command import plan_of
 from alflb_megatron.settings import SettingError
 from tests.fuzz import seeds
 
@@ -186,7 +187,7 @@ def test_the_command_line_refuses_it_and_leaves_the_run_as_it_is(
     line = [word for name, value in flags.items() for word in (f"--{name.replace('_', '-')}", str(value))]
     before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
     done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-m", "alflb_megatron.cli", "train", *line, *given],
+        [sys.executable, "-W", "ignore", "-m", "alflb_megatron.lab.cli", "train", *line, *given],
         capture_output=True, text=True, timeout=300,
     )  # fmt: skip
     assert done.returncode == 2, done.stderr[-1000:]
@@ -295,10 +296,10 @@ def _readers(seeds_: Path, folder: Path) -> dict[str, tuple[Path, Callable[[], A
 
     def resumed() -> Any:
         words = ["train", "--resume", "--out", str(folder / "run")]
-        return cli.plan_of(cli.parser().parse_args(words))
+        return plan_of(cli.parse(words))
 
     def recorded() -> Any:
-        from alflb_megatron.runs.record import RunFolder
+        from alflb_megatron.lab.records.run_folder import RunFolder
 
         return RunFolder(folder / "run", resume_step=3)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from typing import Any
 
-from alflb_megatron.runs.job import Plan, resolve
+from alflb_megatron.lab.training.job import Plan, resolve
 from tests.fuzz.seeds import JOB, SHAPE
 
 
@@ -15,7 +15,7 @@ def there() -> tuple[Plan, Any]:
     import torch.distributed as dist
     from megatron.core import parallel_state
 
-    from alflb_megatron.runs import build
+    from alflb_megatron.lab.training import build
 
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     parallel_state.initialize_model_parallel()

@@ -26,7 +26,7 @@ from alflb_megatron.hosts import cpu
 
 cpu.prepare()
 
-from alflb_megatron.runs.vetting import METADATA, OBJECT  # noqa: E402
+from alflb_megatron.lab.checkpoints.scan import METADATA, OBJECT  # noqa: E402
 from alflb_megatron.settings import SettingError  # noqa: E402
 from tests.fuzz import trainee  # noqa: E402
 from tests.fuzz.kinds import KINDS  # noqa: E402

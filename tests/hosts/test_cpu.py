@@ -30,7 +30,7 @@ def _train_save_load(folder: Path, nproc: int) -> list[float]:
     from megatron.core.dist_checkpointing.serialization import get_default_load_sharded_strategy
     from megatron.core.dist_checkpointing.strategies.fully_parallel import FullyParallelLoadStrategyWrapper
 
-    from alflb_megatron.runs import checkpoint
+    from alflb_megatron.lab.training import checkpoint
 
     plan = jobs.plan({"rule": "sign", "nproc": nproc, "ep": nproc, "optimizer": "distributed"})
     losses = []

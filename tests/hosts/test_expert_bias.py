@@ -144,7 +144,7 @@ def _quantile(score_function: str, dtype: torch.dtype, threshold: bool) -> dict[
     from alflb_megatron.config import ALFConfig
     from alflb_megatron.hosts.core import RouterBuilder
     from alflb_megatron.hosts.expert_bias import bias_of, load_bias
-    from alflb_megatron.runs import build
+    from alflb_megatron.lab.training import build
 
     plan = jobs.plan({"rule": "none", "nproc": 1}, {"gate": score_function})
     with ranks.model_parallel(**jobs.sizes(plan)):

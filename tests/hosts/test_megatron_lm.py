@@ -18,9 +18,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from alflb_megatron.cli import main
 from alflb_megatron.hosts import log
-from alflb_megatron.runs.patch import SCRIPT, recognise
+from alflb_megatron.lab.cli import main
+from alflb_megatron.lab.tools.patch import SCRIPT, recognise
 from tests.hosts import saved
 from tests.hosts.launched import logged
 

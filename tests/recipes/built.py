@@ -87,7 +87,7 @@ def of_optimizer(config: Any) -> dict[str, Any]:
 
 def core() -> dict[str, Any]:
     importlib.import_module("alflb_megatron.hosts.cpu").prepare()
-    build, job = (importlib.import_module(f"alflb_megatron.runs.{name}") for name in ("build", "job"))
+    build, job = (importlib.import_module(f"alflb_megatron.lab.training.{name}") for name in ("build", "job"))
     alone()
     found = {}
     for recipe, preset in RECIPES.items():

@@ -170,7 +170,7 @@ GIB = 20.5
 
 def one_step() -> dict[str, Any]:
     """One step of the 1B model on this rank, and what it changed."""
-    from alflb_megatron.runs.job import resolve
+    from alflb_megatron.lab.training.job import resolve
 
     one = {"nproc": 1, "ep": 1, "dtype": "fp32", "optimizer": "adam", "warmup_steps": 0, "steps": 2}
     batch = {"global_batch_size": BATCH, "micro_batch_size": 1}

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from alflb_megatron.cli import main as alflb
+from alflb_megatron.lab.cli import main as alflb
 from alflb_megatron.recipes import megatron_lm
 from alflb_megatron.recipes.megatron_lm import Launch, main
 from alflb_megatron.recipes.megatron_lm_arguments import arguments, recipe_of

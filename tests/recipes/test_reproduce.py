@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from alflb_megatron.cli import main
-from alflb_megatron.runs.reproduce import collect, execute, plan
+from alflb_megatron.lab.cli import main
+from alflb_megatron.lab.sweep import collect, execute, plan
 from alflb_megatron.settings import SettingError
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("nemo_run") is None, reason="NeMo-Run is not installed here")
@@ -44,7 +44,7 @@ def test_runs_here_are_started_by_nemo_run(one: Path, tmp_path: Path) -> None:
 
 def reproduce(one: Path, *arguments: str) -> str:
     """All that a dry run printed; in a process of its own, for NeMo-Run's tunnel reads standard input."""
-    words = ["-m", "alflb_megatron.cli", "reproduce", str(one), "--out", str(one.parent / "out"), "--dryrun"]
+    words = ["-m", "alflb_megatron.lab.cli", "reproduce", str(one), "--out", str(one.parent / "out"), "--dryrun"]
     done = subprocess.run(
         [sys.executable, *words, *arguments], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=300,
         stdin=subprocess.DEVNULL, env={**os.environ, "COLUMNS": "250"},

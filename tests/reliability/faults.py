@@ -146,7 +146,7 @@ def _left(chain: Chain, kills: int, start: int) -> bool:
 
 def latest(chain: Chain) -> int:
     """The step from which the run goes on: that of its last whole checkpoint, 0 without one."""
-    from alflb_megatron.runs import checkpoint
+    from alflb_megatron.lab.training import checkpoint
     from alflb_megatron.settings import SettingError
 
     try:
@@ -208,7 +208,7 @@ def uninterrupted(variant: str, steps: int, folder: Path) -> float:
 
 def campaign(kills: int, steps: int, seed: int, variants: list[str], work: Path, out: Path | None) -> dict[str, Any]:
     """`kills` faults over the variants in turn; the figures of faults.json, written to `out` after each run."""
-    from alflb_megatron.runs.record import write_json
+    from alflb_megatron.lab.records.files import write_json
 
     began = time.monotonic()
     draw = random.Random(seed)

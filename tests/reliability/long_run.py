@@ -93,7 +93,7 @@ def _router(rule: str, layer: int, uncentred: bool) -> Any:
 
     from alflb_megatron.config import ALFConfig
     from alflb_megatron.hosts.core import RouterBuilder
-    from alflb_megatron.runs import build
+    from alflb_megatron.lab.training import build
     from tests.distributed import jobs
 
     config = build.transformer_config(jobs.plan({"rule": "sign", "nproc": 1}))
@@ -198,7 +198,7 @@ def main() -> int:
     parser.add_argument("--out", type=Path, help="where the figures go, as JSON")
     arguments = parser.parse_args()
     os.environ["OMP_NUM_THREADS"] = "1"
-    from alflb_megatron.runs.record import write_json
+    from alflb_megatron.lab.records.files import write_json
 
     (found,) = run((arguments.updates, arguments.plant))
     if arguments.out:

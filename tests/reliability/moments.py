@@ -123,7 +123,7 @@ class Trap:
 
 def arm(fault: Fault | None, note: Path) -> None:
     """Sets this rank's trap; nothing where the fault is another rank's, or comes from outside."""
-    from alflb_megatron.runs import checkpoint, train
+    from alflb_megatron.lab.training import checkpoint, train
 
     if fault is None or fault.moment == "blind" or fault.rank != int(os.environ["RANK"]):
         return
@@ -153,9 +153,10 @@ def _place(trap: Trap, moment: str) -> None:
     from megatron.core.dist_checkpointing.strategies import torch as torch_strategy
 
     from alflb_megatron.balancer import Balancer
+    from alflb_megatron.lab.records import files, run_folder
+    from alflb_megatron.lab.training import checkpoint, train
     from alflb_megatron.loads import LoadSum
     from alflb_megatron.router import ALFRouter
-    from alflb_megatron.runs import checkpoint, record, train
 
     def to_job_json(_: Any, target: Any) -> bool:
         return Path(target).name == checkpoint.JOB
@@ -179,7 +180,7 @@ def _place(trap: Trap, moment: str) -> None:
     elif moment == "step":
         trap.around(train._Session, "_step")
     elif moment == "line":
-        _half_a_line(trap, record.RunFolder)
+        _half_a_line(trap, run_folder.RunFolder)
     elif moment == "folder":
         trap.around(checkpoint, "_model_state", before=True, when=lambda *_: trap.step > 0)
     elif moment == "common":
@@ -191,7 +192,7 @@ def _place(trap: Trap, moment: str) -> None:
     elif moment == "files":
         trap.around(dist_checkpointing, "save")
     elif moment == "job":
-        trap.around(record.os, "replace", before=True, when=to_job_json)
+        trap.around(files.os, "replace", before=True, when=to_job_json)
     elif moment == "rename":
         trap.around(checkpoint, "write_json")
     elif moment == "renamed":

@@ -10,7 +10,7 @@ def in_place() -> None:
     """Checkpoints are written under their final name, job.json first."""
     import torch.distributed as dist
 
-    from alflb_megatron.runs import checkpoint
+    from alflb_megatron.lab.training import checkpoint
 
     def save(trainee: Any, plan: Any, step: int, folder: Path, fingerprint: str) -> Path:
         final = folder / f"step_{step:08d}"
@@ -32,7 +32,7 @@ def in_place() -> None:
 
 def bias_forgotten() -> None:
     """A resumed run starts with a rule whose number of updates is zero again."""
-    from alflb_megatron.runs import checkpoint
+    from alflb_megatron.lab.training import checkpoint
 
     plain = checkpoint.load
 
@@ -46,7 +46,7 @@ def bias_forgotten() -> None:
 
 def momentum_forgotten() -> None:
     """A resumed run starts with Adam's second moment a bit off."""
-    from alflb_megatron.runs import checkpoint
+    from alflb_megatron.lab.training import checkpoint
 
     plain = checkpoint.load
 
@@ -61,7 +61,7 @@ def momentum_forgotten() -> None:
 
 def tokens() -> None:
     """A resumed run starts one sample later."""
-    from alflb_megatron.runs import train
+    from alflb_megatron.lab.training import train
 
     plain = train._Session._batches
 

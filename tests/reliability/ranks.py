@@ -59,8 +59,12 @@ def prepare() -> None:
     from megatron.core.dist_checkpointing.strategies import filesystem_async
     from megatron.core.pipeline_parallel import get_forward_backward_func  # noqa: F401
 
-    from alflb_megatron.runs import build, checkpoint, train  # noqa: F401
-    from alflb_megatron.runs.data import open_data  # noqa: F401
+    from alflb_megatron.lab.data import open_data  # noqa: F401
+    from alflb_megatron.lab.training import (  # noqa: F401
+        build,
+        checkpoint,
+        train,
+    )
 
     torch.set_num_threads(1)
     for rank in range(RANKS):
@@ -163,7 +167,7 @@ def _fork(plan: Any, rank: int, port: int, folder: Path, fault: Fault | None, no
 
 
 def _train(plan: Any, rank: int, folder: Path, fault: Fault | None, note: Path) -> int:
-    from alflb_megatron.runs import train
+    from alflb_megatron.lab.training import train
     from alflb_megatron.settings import SettingError
 
     _log_tokens(train._Session, folder / f"tokens{rank}.jsonl")

@@ -14,7 +14,8 @@ from typing import Any
 
 import pytest
 
-from alflb_megatron.runs.record import RunFolder, write_json
+from alflb_megatron.lab.records.files import write_json
+from alflb_megatron.lab.records.run_folder import RunFolder
 from alflb_megatron.settings import SettingError
 from tests.reliability import faults, planted
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from alflb_megatron.runs.record import write_json
+from alflb_megatron.lab.records.files import write_json
 from tests.reliability import long_run
 
 RESULTS = Path(__file__).parents[2] / "docs" / "results" / "long_run.json"

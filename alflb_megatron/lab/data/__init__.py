@@ -1,0 +1,65 @@
+"""The text that `alflb train` reads: real, in a reproducible order, resumable, independent of the parallel split.
+
+`open_data` takes the value of `--data` and returns the training and the validation split, one `TextData` each:
+
+- `stdlib`: the source text of the running Python's standard library, one token a byte (256 tokens);
+- a text file or a folder of text files, also one token a byte;
+- the PREFIX of Megatron's own indexed dataset (`PREFIX.bin` and `PREFIX.idx`), read by Megatron-Core's `GPTDataset`.
+
+The global batch of step n (from 0) is always samples [n G, (n + 1) G) of the training split, G the global batch size,
+whatever the data-parallel and micro-batch sizes: resuming needs nothing but the step.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from alflb_megatron.lab.data.indexed import open_indexed, prefix_of
+from alflb_megatron.lab.data.samples import Batch, Sample, TextData, collate, micro_batches, one_line
+from alflb_megatron.lab.data.text import open_text
+from alflb_megatron.settings import SettingError
+
+__all__ = ["Batch", "Sample", "TextData", "collate", "micro_batches", "open_data"]
+
+
+def open_data(
+    source: str,
+    *,
+    tokenizer: str = "byte",
+    seq_length: int,
+    vocab_size: int,
+    seed: int,
+    train_samples: int = 0,
+    validation_samples: int = 0,
+    cache_dir: Path | None = None,
+) -> tuple[TextData, TextData]:
+    """Opens `--data`: the training and the validation split, with no text in common.
+
+    Of a folder (and of stdlib) about one file in 20 is validation, chosen by the SHA-256 of its relative path; of a
+    single file the last 5 % of its bytes; of an indexed dataset the last 5 % of its sequences, as `--split 95,5,0` of
+    Megatron-LM takes them. In a folder, hidden files and folders are passed over; files that are not UTF-8 text, or
+    that hold a zero byte, are left out and counted in `description`. Texts are joined by one zero byte and held in
+    memory, one copy a process.
+
+    The order depends on `seed` and on nothing of the run's length; `train_samples` and `validation_samples` only put
+    into `description` how many times the run reads the split. The first epoch of an indexed dataset has Megatron-LM's
+    own order for that seed and split; later epochs permute its samples. Validation has one order for all seeds and
+    epochs.
+
+    With torch.distributed initialised, opening an indexed dataset is collective: Megatron-Core lets rank 0 write the
+    index files, then the others read them. They go to a folder in `cache_dir`, or else in PREFIX/cache, which all ranks
+    must share.
+
+    Raises SettingError that names `--data` or `--tokenizer`, the value and what is allowed.
+    """
+    try:
+        prefix = prefix_of(source)
+        if prefix is not None:
+            splits = open_indexed(source, prefix, tokenizer, vocab_size, seq_length, seed, cache_dir)
+        else:
+            splits = open_text(source, tokenizer, vocab_size, seq_length, seed)
+    except (OSError, RuntimeError, MemoryError) as error:  # RuntimeError: a ~ of nobody's
+        raise SettingError("--data", source, f"cannot be read: {one_line(error)}") from error
+    for data, samples in zip(splits, (train_samples, validation_samples), strict=True):
+        data.description += f", {len(data)} samples" + (f", read {samples / len(data):.3g} times" if samples else "")
+    return splits

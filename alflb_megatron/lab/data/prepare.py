@@ -1,0 +1,336 @@
+"""`alflb data`: text to Megatron's indexed format (`prepare`), and whether its files are as they were made (`check`).
+
+    PREFIX.bin, PREFIX.idx    the tokens, written by Megatron-Core
+    PREFIX-tokenizer/         the tokenizer, for `--tokenizer huggingface:PREFIX-tokenizer`
+    PREFIX.json               the manifest, written last: source, settings, counts, SHA-256 of all files, versions
+    PREFIX-parts/             what is finished of a preparation that is not; it goes when the manifest is there
+
+Nothing here unpickles, and no code of a data set or a tokenizer is run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import fcntl
+import importlib.metadata
+import os
+import shutil
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from alflb_megatron.lab.data import shards
+from alflb_megatron.lab.data.corpus import SOURCES, UNITS, Corpus, Source, find_local, need
+from alflb_megatron.lab.data.hub import HUB, find_hub
+from alflb_megatron.lab.data.manifest import FORMAT, damage, read, read_manifest
+from alflb_megatron.lab.data.samples import fingerprint, one_line
+from alflb_megatron.lab.data.shards import ENDINGS, Work, with_ending
+from alflb_megatron.lab.data.vocabulary import SMALLEST, Vocabulary, check_spec, digests, make, sha256, threads
+from alflb_megatron.lab.records.files import write_json
+from alflb_megatron.lab.records.versions import versions
+from alflb_megatron.settings import SettingError, add_flags, check, given_flags, knob
+
+SETTINGS = "settings.json"
+"""In PREFIX-parts: what the parts are made from."""
+
+
+@dataclass(frozen=True)
+class Preparation:
+    """How text becomes tokens. Equal settings on an equal source give the same bytes, whatever `workers`."""
+
+    source: str
+    out: str = knob("", "path prefix of what is written; default data/ and the name of the source", metavar="PREFIX")
+    tokenizer: str = knob(
+        "train:32000",
+        f"train:N trains byte-level BPE of N tokens (at least {SMALLEST}) on the text; "
+        "huggingface:NAME_OR_FOLDER takes that one",
+        metavar="NAME",
+    )
+    tokenizer_documents: int = knob(
+        100_000, "documents a tokenizer is trained on at most, evenly spread over the text", minimum=1
+    )
+    limit: int = knob(0, "documents to take, the first ones; 0 for all", minimum=0)
+    workers: int = knob(1, "processes that cut text into tokens", minimum=1, maximum=4096)
+    shard_documents: int = knob(
+        1000, "documents that one process does at a time, and that a kill costs at most", minimum=1
+    )
+    document: str = knob("file", "what a document is in a plain-text file", choices=tuple(UNITS))
+    text_field: str = knob("text", "the field or column of .jsonl, .parquet and hub data that holds the text")
+    config: str = knob(
+        "", f"configuration of a hub data set; default {', '.join(hub.config for hub in HUB.values())}", metavar="NAME"
+    )
+    split: str = knob("train", "split of a hub data set", metavar="NAME")
+    revision: str = knob("", "commit, branch or tag of a hub data set; default its newest", metavar="NAME")
+
+    @property
+    def prefix(self) -> Path:
+        name = self.source if self.source in HUB else Path(self.source).expanduser().resolve().stem
+        return Path(self.out or f"data/{name}").expanduser()
+
+    @property
+    def tokenizer_folder(self) -> Path:
+        return with_ending(self.prefix, "-tokenizer")
+
+    @property
+    def parts(self) -> Path:
+        return with_ending(self.prefix, "-parts")
+
+    def require_sound(self) -> None:
+        """SettingError for what cannot work, before anything is read or imported."""
+        check(self)
+        check_spec(self.tokenizer)
+        if not self.prefix.name:
+            raise SettingError("--out", self.out, "must end in a name: PREFIX.bin and others are written")
+        if self.source not in HUB:
+            for name in ("config", "split", "revision"):
+                if (value := getattr(self, name)) != type(self).__dataclass_fields__[name].default:
+                    raise SettingError(f"--{name}", value, f"is for {' and '.join(HUB)}; {self.source} is a local path")
+            source = Path(self.source).expanduser().resolve()
+            if source.is_dir() and self.prefix.resolve().is_relative_to(source):
+                raise SettingError("--out", self.prefix, f"must lie outside {self.source}, or it would be read as text")
+
+    def decided_by(self, source: Source) -> dict[str, Any]:
+        """All that decides the tokens, but for the versions of packages."""
+        trained = {"tokenizer_documents": self.tokenizer_documents} if self.tokenizer.startswith("train:") else {}
+        return {"source": source.identity, "limit": self.limit, "tokenizer": self.tokenizer, **trained}
+
+
+# -- prepare -----------------------------------------------------------------------------------------------------------
+
+
+def prepare(settings: Preparation) -> tuple[dict[str, Any], bool]:
+    """Makes what is not there yet; the manifest, and whether anything was made.
+
+    Raises:
+        SettingError: one setting, its value and what is allowed; also where files of another preparation, or of
+            something else, bear the name.
+    """
+    settings.require_sound()
+    need("datasets", "SOURCE", settings.source)
+    need("tokenizers", "--tokenizer", settings.tokenizer)
+    if settings.tokenizer.startswith("huggingface:"):
+        need("transformers", "--tokenizer", settings.tokenizer)
+    threads(settings.workers)
+    _quieten()
+    try:
+        manifest = read_manifest(settings.prefix, "--out")
+        if manifest is None:
+            _require_free(settings)
+        source = _find(settings)
+        if manifest is None:
+            with _lock(settings):
+                return _make(settings, source), True
+        other = "is finished and was made from other settings"
+        _require_same(settings, manifest["settings"], settings.decided_by(source), other)
+        _require_sizes(settings, manifest)
+        shutil.rmtree(settings.parts, ignore_errors=True)  # of one that was killed with its last breath
+        return manifest, False
+    except OSError as error:
+        raise SettingError("--out", settings.prefix, f"cannot be written: {one_line(error)}") from error
+
+
+def _find(settings: Preparation) -> Source:
+    source, field = settings.source, settings.text_field
+    if source in HUB:
+        return find_hub(source, settings.config, settings.split, settings.revision, field)
+    return find_local(source, settings.document, field)
+
+
+def _make(settings: Preparation, source: Source) -> dict[str, Any]:
+    prefix, parts, decided = settings.prefix, settings.parts, settings.decided_by(source)
+    begun = {**decided, "shard_documents": settings.shard_documents}
+    record = parts / SETTINGS
+    if record.exists() and _has_shards(parts):
+        _require_same(settings, read(record, "--out"), begun, f"has parts of other settings in {parts}")
+    for note in source.notes:
+        print(note, file=sys.stderr)
+    rows = parts / "rows"
+    rows.mkdir(exist_ok=True)
+    corpus = source.open(settings.limit, rows)
+    if not len(corpus):
+        raise SettingError("SOURCE", settings.source, "holds no document")
+    write_json(record, begun)
+    try:
+        tokenizer, vocabulary = _vocabulary(settings, corpus, decided)
+        digest = fingerprint({**begun, "tokenizer_files": vocabulary.files})
+        work = Work(corpus, tokenizer, vocabulary, parts, settings.shard_documents, digest)
+        counts = _write_shards(settings, work)
+    except ValueError as error:
+        if isinstance(error, SettingError):
+            raise
+        raise SettingError("SOURCE", settings.source, one_line(error)) from error
+    if not counts["documents"]:
+        raise SettingError("SOURCE", settings.source, "holds no text: all its documents are empty")
+    shards.merge(work, parts / "merged")
+    merged = {ending: parts / f"merged{ending}" for ending in ENDINGS}
+    manifest = {
+        "format": FORMAT,
+        "settings": decided,
+        "left_out": source.notes,
+        "documents": counts["documents"],
+        "empty_documents": counts["read"] - counts["documents"],
+        "tokens": counts["tokens"],
+        "token_type": shards.token_type(vocabulary.size).__name__,
+        "vocabulary": vocabulary.size,
+        "eod": vocabulary.eod,
+        "bytes": {ending: path.stat().st_size for ending, path in merged.items()},
+        "sha256": {ending: sha256(path) for ending, path in merged.items()},
+        "tokenizer_sha256": vocabulary.files,
+        "versions": _versions(),
+    }
+    for ending, path in merged.items():  # .bin first: alone it is no data set to anyone
+        shards.put(path, with_ending(prefix, ending))
+    if tokenizer != settings.tokenizer_folder:
+        os.replace(tokenizer, settings.tokenizer_folder)
+    write_json(with_ending(prefix, ".json"), manifest)
+    return manifest
+
+
+def _vocabulary(settings: Preparation, corpus: Corpus, decided: dict[str, Any]) -> tuple[Path, Vocabulary]:
+    """The tokenizer and its folder, made unless it is there and whole."""
+    record, folder = settings.parts / "tokenizer.json", settings.parts / "tokenizer"
+    digest = fingerprint(decided)
+    if record.exists():
+        there = read(record, "--out")
+        vocabulary = Vocabulary(**there["vocabulary"])
+        for place in (folder, settings.tokenizer_folder):
+            if there["made_from"] == digest and vocabulary.files == digests(place):
+                return place, vocabulary
+    vocabulary = make(settings.tokenizer, corpus, settings.tokenizer_documents, folder)
+    write_json(record, {"made_from": digest, "vocabulary": dataclasses.asdict(vocabulary)})
+    return folder, vocabulary
+
+
+def _write_shards(settings: Preparation, work: Work) -> dict[str, int]:
+    """Makes the shards under a progress bar; the sums of their counts."""
+    from tqdm import tqdm
+
+    sums = dict.fromkeys(("read", "documents", "tokens"), 0)
+    try:
+        # A terminal that gives its size as zero would get an empty bar; this takes 80 by 24 for it.
+        columns, lines = shutil.get_terminal_size()
+        silent = not sys.stderr.isatty()
+        with tqdm(total=len(work.corpus), unit=" documents", ncols=columns, nrows=lines, disable=silent) as bar:
+            for seal in shards.write_shards(work, settings.workers):
+                sums = {name: sums[name] + seal[name] for name in sums}
+                bar.update(seal["read"])
+    except shards.BrokenProcessPool as error:
+        why = "one of them was killed (out of memory?); the same command goes on where it ended"
+        raise SettingError("--workers", settings.workers, why) from error
+    return sums
+
+
+def _require_free(settings: Preparation) -> None:
+    """SettingError where something that is no preparation of ours bears one of the names."""
+    if (settings.parts / "lock").exists():
+        return
+    taken = [with_ending(settings.prefix, ending) for ending in ENDINGS] + [settings.tokenizer_folder, settings.parts]
+    for path in taken:
+        if path.exists():
+            raise SettingError("--out", settings.prefix, f"{path} is there, and not of a preparation; name another")
+
+
+def _has_shards(parts: Path) -> bool:
+    """Whether there is work that is worth keeping: without it other settings may begin anew."""
+    return any(parts.glob("shard-*.json"))
+
+
+def _require_same(settings: Preparation, there: Any, here: dict[str, Any], what: str) -> None:
+    """SettingError that names the settings that differ."""
+    there = there if isinstance(there, dict) else {}
+    differing = [name for name in sorted({*there, *here}) if there.get(name) != here.get(name)]
+    if differing:
+        said = ", ".join(f"{name} {there.get(name)}, now {here.get(name)}" for name in differing)
+        raise SettingError("--out", settings.prefix, f"{what} ({said}); name another, or remove it")
+
+
+def _require_sizes(settings: Preparation, manifest: dict[str, Any]) -> None:
+    for ending in ENDINGS:
+        path = with_ending(settings.prefix, ending)
+        if not path.is_file() or path.stat().st_size != manifest["bytes"][ending]:
+            how = "remove its files, or name another"
+            raise SettingError("--out", settings.prefix, f"{path} is not as it was made; {how}")
+
+
+@contextlib.contextmanager
+def _lock(settings: Preparation) -> Iterator[None]:
+    """Holds PREFIX-parts for this process alone; removes it at the end, and after a mistake that left no shard."""
+    settings.parts.mkdir(parents=True, exist_ok=True)
+    with (settings.parts / "lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise SettingError("--out", settings.prefix, "is being prepared by another process") from None
+        if with_ending(settings.prefix, ".json").exists():
+            raise SettingError("--out", settings.prefix, "was finished by another process just now")
+        try:
+            yield
+        except SettingError:
+            if not _has_shards(settings.parts):
+                shutil.rmtree(settings.parts)
+            raise
+        shutil.rmtree(settings.parts)
+
+
+def _quieten() -> None:
+    """Errors of these libraries end in one line of ours; their bars are for terminals."""
+    import datasets
+    import huggingface_hub
+
+    datasets.logging.set_verbosity_error()
+    huggingface_hub.logging.set_verbosity_error()
+    if not sys.stderr.isatty():
+        datasets.disable_progress_bars()
+
+
+def _versions() -> dict[str, str | None]:
+    found = versions()
+    for name in ("datasets", "tokenizers", "transformers"):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[name] = importlib.metadata.version(name)
+    return found
+
+
+# -- the command -------------------------------------------------------------------------------------------------------
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the sub-commands to `parser`."""
+    commands = parser.add_subparsers(dest="what", required=True, metavar="WHAT", parser_class=type(parser))
+    making = commands.add_parser("prepare", help="text to Megatron's .bin and .idx", allow_abbrev=False)
+    making.add_argument("source", metavar="SOURCE", help=SOURCES)
+    add_flags(making, Preparation)
+    checking = commands.add_parser("check", help="whether the files are as they were made", allow_abbrev=False)
+    checking.add_argument("prefix", metavar="PREFIX", help="what --out named")
+
+
+def run(flags: argparse.Namespace, arguments: Sequence[str] = ()) -> int:
+    """Runs `prepare` or `check`; the exit code: 1 where `check` found damage."""
+    if flags.what == "check":
+        prefix = Path(flags.prefix).expanduser()
+        manifest, found = damage(prefix)
+        for line in found:
+            print(f"alflb: {line}", file=sys.stderr)
+        if not found:
+            print(f"{prefix}: {_in_words(manifest)}; all files are as they were made")
+        return 1 if found else 0
+    settings = Preparation(flags.source, **given_flags(flags, Preparation))
+    manifest, made = prepare(settings)
+    print(f"{settings.prefix}: {_in_words(manifest)}" + ("" if made else "; it was finished already"))
+    rows = -(-manifest["vocabulary"] // 64) * 64  # whole multiples of 64 suit every tensor-parallel split
+    print(
+        f"alflb train --data {settings.prefix} --tokenizer huggingface:{settings.tokenizer_folder} --vocab-size {rows}"
+    )
+    return 0
+
+
+def _in_words(manifest: dict[str, Any]) -> str:
+    empty = f", {manifest['empty_documents']} empty ones left out" if manifest["empty_documents"] else ""
+    return (
+        f"{manifest['documents']} documents{empty}, {manifest['tokens']} tokens "
+        f"of a vocabulary of {manifest['vocabulary']}, {sum(manifest['bytes'].values())} bytes"
+    )

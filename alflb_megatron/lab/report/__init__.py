@@ -1,0 +1,5 @@
+"""Pages about runs: `alflb report`.
+
+`report` reads the runs (`records/history.py`), has `tables`, `figures` (runs share axes) and `panels` (a panel a layer)
+made of them, and `page` puts all into one HTML file that opens offline.
+"""

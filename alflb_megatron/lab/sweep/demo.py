@@ -1,0 +1,234 @@
+"""Trains the same small DeepSeekMoE under several rules, one after another, and shows what balancing did.
+
+Each training is `alflb train --preset tiny` in a process of its own. What it prints goes on to standard error
+as it comes and into OUT/RULE.log; the table goes to standard output, the picture to OUT/comparison.png and
+everything as JSON to OUT/demo.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import codecs
+import json
+import os
+import re
+import select
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from alflb_megatron.lab.display.text_table import aligned, explained
+from alflb_megatron.lab.records.files import write_json
+from alflb_megatron.lab.records.run_folder import is_run
+from alflb_megatron.lab.records.summary import maxvio_text
+from alflb_megatron.lab.training.job import resolve
+from alflb_megatron.settings import SettingError
+
+OURS = "adaptive"
+RULES = ("none", "builtin", OURS)
+LABELS = {"none": "none", "builtin": "builtin (Megatron-Core's own)"}
+
+COLUMNS = {
+    "rule": "none: no balancing; builtin: Megatron-Core's own expert bias; any other: a rule of alflb_megatron.",
+    "validation loss": "mean cross-entropy on held-out text, nats a token; lower is better.",
+    "MaxVio, last 50": "(largest load - mean load) / mean load of a global batch, mean over the MoE layers and over "
+    "the last 50 steps; 0 is perfect balance.",
+    "MaxVio_global": "the same, of the loads over the whole validation set, mean over the MoE layers "
+    "(Wang et al. 2024, arXiv 2408.15664).",
+    "steps to 0.2": "first step with MaxVio at most 0.2 whose next 4 steps have a mean of at most 0.2.",
+    "seconds a step": "median over the steps, the first 5 left out.",
+}
+
+
+class TrainingFailed(RuntimeError):
+    """A training ended with an error; its text says which, and the last lines of its output."""
+
+
+def run_streaming(command: Sequence[str], log: Path) -> tuple[int, str]:
+    """Runs `command`; returns its exit code and what it wrote to standard output.
+
+    Its standard error is passed on as it comes and kept in `log`. If ours is a terminal it gets a terminal
+    too, so that it can draw a progress bar. The command is ended if we are interrupted.
+    """
+    terminal = sys.stderr.isatty()
+    reader, writer = os.openpty() if terminal else os.pipe()
+    if terminal:
+        import termios
+
+        termios.tcsetwinsize(writer, termios.tcgetwinsize(sys.stderr.fileno()))
+    decoder = codecs.getincrementaldecoder("utf-8")("replace")
+    with tempfile.TemporaryFile() as stdout, log.open("wb") as kept:
+        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=stdout, stderr=writer)
+        os.close(writer)
+        try:
+            while True:
+                ended = process.poll() is not None
+                # A rank that outlives the command keeps the pipe open: after the end, read only what is there.
+                if not select.select([reader], [], [], 0 if ended else 0.2)[0]:
+                    if ended:
+                        break
+                    continue
+                try:
+                    piece = os.read(reader, 65536)
+                except OSError:  # how a pseudo-terminal reports that its other end was closed
+                    piece = b""
+                if not piece:
+                    break
+                kept.write(piece)
+                sys.stderr.write(decoder.decode(piece))
+                sys.stderr.flush()
+            process.wait()
+        finally:
+            os.close(reader)
+            if process.poll() is None:
+                process.terminate()
+                process.wait()
+        stdout.seek(0)
+        return process.returncode, stdout.read().decode(errors="replace")
+
+
+def last_lines(text: str, count: int = 12) -> str:
+    """The last `count` lines of what a program printed, indented; of a line drawn over by a bar, the last state."""
+    lines = [re.split(r"\r+", line.rstrip("\r"))[-1].rstrip() for line in text.split("\n")]
+    return "\n".join(f"    {line}" for line in [line for line in lines if line][-count:])
+
+
+def failure(rule: str, code: int, output: str) -> str:
+    """One line that says which training failed and how, and below it the last lines of what it printed."""
+    how = f"signal {-code}" if code < 0 else f"exit code {code}"
+    return f"training with rule {rule} failed ({how}); the last lines of its output:\n{last_lines(output)}"
+
+
+def _job(rule: str, steps: int, nproc: int, seed: int) -> dict[str, Any]:
+    """The flags of `alflb train` that the demo sets, by name."""
+    ep = 2 if nproc % 2 == 0 else 1  # the experts of the preset can be split in two
+    return {"preset": "tiny", "rule": rule, "nproc": nproc, "ep": ep, "steps": steps, "seed": seed}
+
+
+def train(rule: str, out: Path, steps: int, nproc: int, seed: int) -> dict[str, Any]:
+    """Trains under `rule` into the run folder `out`, and returns its summary; `TrainingFailed` if that fails."""
+    options = {**_job(rule, steps, nproc, seed), "out": str(out)}
+    flags = [text for name, value in options.items() for text in (f"--{name}", str(value))]
+    log = out.with_name(f"{out.name}.log")
+    code, printed = run_streaming([sys.executable, "-m", "alflb_megatron.lab.cli", "train", *flags, "--json"], log)
+    if code != 0:
+        raise TrainingFailed(failure(rule, code, printed + "\n" + log.read_text(encoding="utf-8", errors="replace")))
+    try:
+        summary: dict[str, Any] = json.loads((out / "summary.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise TrainingFailed(f"training with rule {rule} left no summary ({error}); see {log}") from None
+    return summary
+
+
+def _number(value: float | None, digits: int) -> str:
+    return "not finite" if value is None else f"{value:.{digits}f}"
+
+
+def format_table(summaries: Mapping[str, Mapping[str, Any]]) -> str:
+    """The table of the runs (rule -> content of summary.json), and below it what each column holds."""
+    rows = [list(COLUMNS)]
+    for rule, summary in summaries.items():
+        reached = summary["steps_to_maxvio_0.2"]
+        rows.append([
+            rule,
+            _number(summary["validation_loss"], 3),
+            maxvio_text(summary["maxvio_last50"]),
+            maxvio_text(summary["maxvio_global_mean"]),
+            f"never in {summary['steps']}" if reached is None else str(reached),
+            _number(summary["seconds_per_step"], 3),
+        ])  # fmt: skip
+    return "\n".join([*aligned(rows), "", *explained(COLUMNS)])
+
+
+def _prepare(out: Path, rules: Sequence[str], record: Mapping[str, Any]) -> None:
+    """Makes `out` ready: runs of an earlier demo are removed, and nothing else ever is."""
+    marker = out / "demo.json"
+    if out.exists() and not out.is_dir():
+        raise SettingError("--out", out, "must be a folder, and this is a file")
+    for rule in rules:
+        run = out / rule
+        if run.exists() and not (marker.is_file() and is_run(run)):
+            raise SettingError("--out", out, f"holds {rule}, which no earlier demo made; name another folder")
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        write_json(marker, record)  # now, so that an interrupted demo can be started again
+    except OSError as error:
+        raise SettingError("--out", out, f"must be a folder that can be written ({error.strerror})") from None
+    for rule in rules:
+        shutil.rmtree(out / rule, ignore_errors=True)
+
+
+def demo(
+    out: str | os.PathLike[str] = "runs/demo",
+    steps: int = 200,
+    nproc: int = 2,
+    rules: Sequence[str] = RULES,
+    seed: int = 1234,
+) -> dict[str, Any]:
+    """Trains once for each rule, prints the table, draws the picture; returns what it writes to `out`/demo.json.
+
+    `steps` of training each, on `nproc` processes (expert-parallel size 2 where that is even), all from `seed`.
+    Raises SettingError for a bad argument, and `TrainingFailed` if a training does.
+    """
+    if not 1 <= len(set(rules)) == len(rules):
+        raise SettingError("--rules", " ".join(rules) or "nothing", "must name at least one rule, and each once")
+    for rule in rules:  # all of them now: the third must not fail after two trainings
+        resolve(_job(rule, steps, nproc, seed), {}, {})
+    out = Path(out)
+    record: dict[str, Any] = {"steps": steps, "nproc": nproc, "seed": seed, "rules": list(rules), "runs": {}}
+    _prepare(out, rules, record)
+    start = time.monotonic()
+    for number, rule in enumerate(rules, 1):
+        print(f"[{number}/{len(rules)}] training with rule {rule}: {out / rule}", file=sys.stderr, flush=True)
+        record["runs"][rule] = train(rule, out / rule, steps, nproc, seed)
+    from alflb_megatron.lab.display.plots import plot_comparison
+
+    folders = {LABELS.get(rule, f"{rule} (alflb)"): out / rule for rule in rules}
+    picture = plot_comparison(folders, out / "comparison.png")
+    record |= {"seconds": round(time.monotonic() - start, 1), "picture": str(picture)}
+    write_json(out / "demo.json", record)
+    print(f"\n{format_table(record['runs'])}\n\npicture: {picture.resolve()}", flush=True)
+    return record
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the flags of the demo to `parser`."""
+    parser.add_argument("--steps", type=int, default=200, help="training steps for each rule (default: %(default)s)")
+    parser.add_argument("--out", default="runs/demo", metavar="DIR", help="folder of the runs (default: %(default)s)")
+    parser.add_argument("--nproc", type=int, default=2, help="ranks of each training (default: %(default)s)")
+    parser.add_argument(
+        "--rules", nargs="+", default=list(RULES), metavar="RULE", help=f"what to compare (default: {' '.join(RULES)})"
+    )
+    parser.add_argument("--seed", type=int, default=1234, help="of weights and data order (default: %(default)s)")
+
+
+def run(flags: argparse.Namespace, arguments: Sequence[str] = ()) -> int:
+    """`demo` with parsed flags; returns the exit code: 0, or 1 if a training failed. A bad flag is a SettingError."""
+    try:
+        demo(flags.out, flags.steps, flags.nproc, flags.rules, flags.seed)
+    except TrainingFailed as error:
+        print(f"alflb demo: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """`python -m alflb_megatron.lab.sweep.demo`: the exit codes are those of `alflb`."""
+    parser = argparse.ArgumentParser(prog="alflb demo", description=(__doc__ or "").split("\n")[0], allow_abbrev=False)
+    add_arguments(parser)
+    try:
+        return run(parser.parse_args(arguments))
+    except SettingError as error:
+        print(f"alflb demo: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())

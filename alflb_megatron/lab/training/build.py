@@ -1,0 +1,226 @@
+"""From a plan to Megatron-Core's objects: configuration, model chunks, optimizer. Nothing of them is rewritten here."""
+
+from __future__ import annotations
+
+import importlib.util
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from megatron.core import parallel_state, tensor_parallel
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+from megatron.core.models.gpt import GPTModel
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec, get_gpt_mtp_block_spec
+from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from megatron.core.transformer.module import Float16Module
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from alflb_megatron.balancer import Balancer
+from alflb_megatron.hosts import core, cpu
+from alflb_megatron.hosts.cpu.norm import use_plain_norm
+from alflb_megatron.lab.training.job import Job, Plan
+from alflb_megatron.settings import SettingError
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Trainee:
+    """A model ready to train: wrapped chunks as Megatron's schedules take them, optimizer, configuration, balancer."""
+
+    chunks: list[Any]
+    optimizer: Any
+    scheduler: OptimizerParamScheduler
+    config: TransformerConfig
+    balancer: Balancer
+
+
+def seed_ranks(seed: int) -> None:
+    """Seeds this rank: within a stage as Megatron-Core does, pipeline stages 100 apart as Megatron-LM has them."""
+    seed += 100 * parallel_state.get_pipeline_model_parallel_rank()
+    torch.manual_seed(seed)
+    tensor_parallel.model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
+
+
+def have_transformer_engine() -> bool:
+    """Whether Transformer Engine can be used: installed, and CUDA is there."""
+    from megatron.core.extensions import transformer_engine
+
+    return bool(torch.cuda.is_available() and transformer_engine.HAVE_TE)
+
+
+def parts() -> dict[str, str]:
+    """Which implementation each exchangeable part of the run has, for `config.json` and the first lines."""
+    from megatron.core.optimizer import Adam
+
+    te, cuda = have_transformer_engine(), torch.cuda.is_available()
+    return {
+        "device": torch.cuda.get_device_name() if cuda else "CPU",
+        "collectives": "nccl" if cuda else "gloo",
+        "layers": "Transformer Engine" if te else "Megatron-Core, local",
+        "adam": Adam.__module__.split(".")[0],
+        "substitutions": ", ".join(substitution.name for substitution in cpu.prepare() or cpu.complete()) or "none",
+    }
+
+
+def transformer_config(plan: Plan) -> TransformerConfig:
+    """Megatron-Core's configuration of the plan's model on the plan's split."""
+    job, shape = plan.job, plan.shape
+    cuda, te = torch.cuda.is_available(), have_transformer_engine()
+    if job.dispatcher == "flex" and not (cuda and importlib.util.find_spec("deep_ep")):
+        raise SettingError("--dispatcher", "flex", "needs CUDA and DeepEP; use alltoall or allgather")
+    if job.tp > 1 and job.etp == 1 and job.ep == 1 and not core.EXPERT_GRADIENTS_OVER_TP:
+        raise SettingError(
+            "--etp", 1, "this Megatron-Core leaves expert gradients unsummed over TP; use --etp 0 or --ep above 1"
+        )
+    for flag, wanted in (("--router-fusion", job.router_fusion), ("--grouped-gemm", job.grouped_gemm)):
+        if wanted and not te:
+            raise SettingError(flag, wanted, "needs CUDA and Transformer Engine")
+    settings: dict[str, Any] = {
+        **shape.transformer_fields(),
+        "activation_func": torch.nn.functional.silu,
+        "moe_router_dtype": None if job.router_dtype == "model" else job.router_dtype,
+        "moe_router_enable_expert_bias": plan.builtin_rate is not None,
+        "moe_router_bias_update_rate": plan.builtin_rate or 0.0,
+        "moe_router_load_balancing_type": job.aux_loss_type if job.aux_loss_coeff else "none",
+        "moe_aux_loss_coeff": job.aux_loss_coeff,
+        "moe_z_loss_coeff": job.z_loss_coeff or None,
+        "moe_expert_capacity_factor": job.capacity_factor,
+        "moe_router_fusion": job.router_fusion,
+        "moe_grouped_gemm": job.grouped_gemm,
+        "moe_token_dispatcher_type": job.dispatcher,
+        "tensor_model_parallel_size": job.tp,
+        "sequence_parallel": job.tp > 1,
+        "pipeline_model_parallel_size": job.pp,
+        "virtual_pipeline_model_parallel_size": job.vpp if job.vpp > 1 else None,
+        "expert_model_parallel_size": job.ep,
+        "expert_tensor_parallel_size": job.etp,
+        "pipeline_dtype": DTYPES[job.dtype],
+        "params_dtype": DTYPES[job.dtype],
+        "bf16": job.dtype == "bf16",
+        "fp16": job.dtype == "fp16",
+    }
+    if job.vpp > 1 and job.pp == 2:
+        # Megatron-Core's own condition for two interleaved stages; without it the schedule trains wrongly.
+        settings |= {"overlap_p2p_comm": True, "batch_p2p_comm": False}
+    if job.recompute == "full":
+        settings |= {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
+    elif job.recompute == "moe":
+        settings |= {"recompute_granularity": "selective", "recompute_modules": ["moe"]}
+    try:
+        return TransformerConfig(**settings if cuda and te else settings | cpu.SWITCHES)
+    except (ValueError, AssertionError) as error:
+        raise SettingError("TransformerConfig", "refused", " ".join(str(error).split())) from error
+
+
+def gpt_model(plan: Plan, config: TransformerConfig, vp_stage: int | None = None) -> GPTModel:
+    """One pipeline chunk of the model, its MoE layers with our router where the plan has a rule of ours."""
+    te = have_transformer_engine()
+    spec: Any = get_gpt_decoder_block_spec(
+        config, use_transformer_engine=te, normalization="RMSNorm", vp_stage=vp_stage
+    )
+    if not te and config.sequence_parallel:
+        spec = use_plain_norm(spec, config)
+    if plan.alf is not None:
+        spec = core.with_alflb(spec, plan.alf, required=False)  # a pipeline stage may hold dense layers alone
+    mtp = None
+    if config.mtp_num_layers:
+        mtp = get_gpt_mtp_block_spec(config, spec, use_transformer_engine=te, vp_stage=vp_stage)
+        if not te and config.sequence_parallel:
+            mtp = use_plain_norm(mtp, config)
+    return GPTModel(
+        config=config,
+        transformer_layer_spec=spec,
+        vocab_size=plan.shape.vocab_size,
+        max_sequence_length=plan.shape.seq_length,
+        pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=vp_stage),
+        post_process=parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=vp_stage),
+        position_embedding_type="rope",
+        rotary_base=plan.shape.rope_base,
+        share_embeddings_and_output_weights=False,
+        mtp_block_spec=mtp,
+        vp_stage=vp_stage,
+    )
+
+
+def trainee(plan: Plan) -> Trainee:
+    """Model, optimizer and balancer of the plan on this rank; the process groups exist already."""
+    job = plan.job
+    cpu.complete()
+    config = transformer_config(plan)
+    stages: list[int | None] = list(range(job.vpp)) if job.vpp > 1 else [None]
+    chunks: list[Any] = [gpt_model(plan, config, stage) for stage in stages]
+    if torch.cuda.is_available():
+        chunks = [chunk.cuda() for chunk in chunks]
+    if job.dtype != "fp32":
+        chunks = [Float16Module(config, chunk) for chunk in chunks]
+    distributed = job.optimizer == "distributed"
+    ddp = DistributedDataParallelConfig(
+        use_distributed_optimizer=distributed,
+        overlap_grad_reduce=job.overlap_grad_reduce,
+        grad_reduce_in_fp32=True,
+        check_for_nan_in_grad=job.dtype != "fp16",  # there a dynamic loss scale finds out by overflowing
+    )
+    chunks = [
+        DistributedDataParallel(config, ddp, chunk, disable_bucketing=index > 0) for index, chunk in enumerate(chunks)
+    ]
+    for chunk in chunks:
+        chunk.broadcast_params()
+    config.finalize_model_grads_func = finalize_model_grads
+    balancer = core.watch(chunks) if plan.alf is None else core.balancer_of(chunks)
+    core.install(config)
+    optimizer = get_megatron_optimizer(optimizer_config(job), chunks)
+    config.grad_scale_func = optimizer.scale_loss
+    if job.overlap_grad_reduce:
+        config.no_sync_func = chunks[0].no_sync if len(chunks) == 1 else [chunk.no_sync for chunk in chunks]
+    return Trainee(chunks, optimizer, scheduler(job, optimizer), config, balancer)
+
+
+def optimizer_config(job: Job) -> OptimizerConfig:
+    return OptimizerConfig(
+        optimizer="adam",
+        lr=job.lr,
+        min_lr=job.min_lr,
+        weight_decay=job.weight_decay,
+        adam_beta1=0.9,
+        adam_beta2=0.95,
+        clip_grad=job.clip_grad,
+        bf16=job.dtype == "bf16",
+        fp16=job.dtype == "fp16",
+        params_dtype=DTYPES[job.dtype],
+        use_distributed_optimizer=job.optimizer == "distributed",
+    )
+
+
+class MultiStep(OptimizerParamScheduler):
+    """Three rates: the peak to 80% of the steps, sqrt(0.1) of it to 90%, a tenth of it to the end.
+
+    The form of DeepSeek LLM (arXiv 2401.02954, section 2.3), with which the rates Wang et al. state for their 3B model
+    (7.8e-4, 2.47e-4, 7.8e-5) agree; where the steps lie is not stated there.
+    """
+
+    def get_lr(self, param_group: dict[str, Any]) -> float:
+        peak = float(param_group.get("max_lr") or self.max_lr)
+        if self.num_steps < self.lr_warmup_steps:
+            return peak * self.num_steps / self.lr_warmup_steps
+        share = self.num_steps / self.lr_decay_steps
+        return peak * (1.0 if share < 0.8 else 0.1**0.5 if share < 0.9 else 0.1)
+
+
+def scheduler(job: Job, optimizer: Any) -> OptimizerParamScheduler:
+    """The learning rate as a function of the step, Megatron-Core's own scheduler."""
+    cls = MultiStep if job.lr_decay == "multistep" else OptimizerParamScheduler
+    return cls(
+        optimizer,
+        init_lr=0.0,
+        max_lr=job.lr,
+        min_lr=job.min_lr,
+        lr_warmup_steps=min(job.warmup_steps, job.steps - 1),
+        lr_decay_steps=job.steps,
+        lr_decay_style="constant" if job.lr_decay == "multistep" else job.lr_decay,
+        start_wd=job.weight_decay,
+        end_wd=job.weight_decay,
+        wd_incr_steps=job.steps,
+        wd_incr_style="constant",
+    )

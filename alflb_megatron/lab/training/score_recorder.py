@@ -1,0 +1,68 @@
+"""Writes the scores of a training run, as `lab/replay/scores.py` reads them: one file a step and rank."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save
+from torch import Tensor
+
+from alflb_megatron.lab.records.files import write_whole
+from alflb_megatron.lab.replay.scores import FILE, FOLDER, FORMAT, Gating
+
+
+class Recorder:
+    """Takes the scores of each global batch from the routers of one rank and writes them, one file a step.
+
+    Args:
+        folder: the run folder.
+        routers: layer number -> `ALFRouter`; a pipeline stage may have none, and then writes files without layers.
+        gating: how they choose.
+        rank, ranks: this rank and how many there are.
+        steps: how many global batches to write.
+
+    A step's scores are held in memory (on the CPU) until `write`; after the last one the taps are off.
+    """
+
+    def __init__(
+        self,
+        folder: str | os.PathLike[str],
+        routers: Mapping[int, Any],
+        gating: Gating,
+        rank: int = 0,
+        ranks: int = 1,
+        steps: int = 1,
+    ) -> None:
+        self.folder = Path(folder) / FOLDER
+        self.gating, self.rank, self.ranks, self.left = gating, rank, ranks, steps
+        self.routers = dict(routers)
+        self._seen: dict[int, list[Tensor]] = {layer: [] for layer in self.routers}
+        self._taps = {layer: self._tap(layer) for layer in self.routers}
+        for layer, router in self.routers.items():
+            router.score_taps = (*router.score_taps, self._taps[layer])
+
+    def _tap(self, layer: int) -> Callable[[Tensor], None]:
+        def tap(scores_TE: Tensor) -> None:
+            self._seen[layer].append(scores_TE.to("cpu", torch.float32, copy=True))
+
+        return tap
+
+    def write(self, step: int) -> None:
+        """Writes what the taps saw since the last call as step `step`, all of it or nothing; none once `steps` are."""
+        if self.left == 0:
+            return
+        self.folder.mkdir(parents=True, exist_ok=True)
+        path = self.folder / FILE.format(step=step, rank=self.rank)
+        about = {"format": FORMAT, "step": str(step), "ranks": str(self.ranks), **self.gating.as_metadata()}
+        tensors = {f"layer_{layer}": torch.cat(parts) for layer, parts in self._seen.items() if parts}
+        write_whole(path, [save(tensors, metadata=about)])
+        for parts in self._seen.values():
+            parts.clear()
+        self.left -= 1
+        if self.left == 0:
+            for layer, router in self.routers.items():
+                router.score_taps = tuple(tap for tap in router.score_taps if tap is not self._taps[layer])
