@@ -1,13 +1,13 @@
 """The one all-reduce a global batch: bytes, number of collectives, time, and the time that overlap leaves exposed.
 
 Real gloo process groups on this machine, one thread a rank, for layers x experts as in real models, with loads alone
-(rule `sign`) and with margins (rule `adaptive`). Bytes are those of the real `LoadSum`; collectives are counted around
-one `Balancer.launch` and `commit`. Times are the slowest rank's, medians of REPEATS: the bare all-reduce of a tensor
-of that size; `LoadSum` and its `wait`, which adds packing; and the time exposed: launch, then other work (a blocking
-all-reduce of GRADIENT_BYTES on the same group, as a stand-in for the gradients, and MATMULS products of MATRIX x
-MATRIX), then wait, minus the other work alone. Repeats with and without ours are interleaved, and the difference is
-taken inside each. There is no network here and ranks share the cores, so both reduction and packing take time from the
-other work: on a GPU cluster less stays exposed. Repeat with
+(rule `sign`) and with margins (rule `adaptive`). Bytes are those of the real `LoadAllReduce`; collectives are counted
+around one `Balancer.launch` and `commit`. Times are the slowest rank's, medians of REPEATS: the bare all-reduce of a
+tensor of that size; `LoadAllReduce` and its `wait`, which adds packing; and the time exposed: launch, then other work
+(a blocking all-reduce of GRADIENT_BYTES on the same group, as a stand-in for the gradients, and MATMULS products of
+MATRIX x MATRIX), then wait, minus the other work alone. Repeats with and without ours are interleaved, and the
+difference is taken inside each. There is no network here and ranks share the cores, so both reduction and packing take
+time from the other work: on a GPU cluster less stays exposed. Repeat with
 
     python -m benchmarks.all_reduce      (under a minute)
 """
@@ -35,7 +35,7 @@ from torch import Tensor, nn
 from alflb_megatron import margins
 from alflb_megatron.balancer import Balancer
 from alflb_megatron.config import ALFConfig
-from alflb_megatron.loads import LoadSum, LoadWindow
+from alflb_megatron.loads import LoadAllReduce, LoadCounter
 from alflb_megatron.rules import State
 
 SHAPES = ((5, 32), (26, 64), (61, 256))
@@ -63,14 +63,14 @@ COLLECTIVES = (
 """Functions of torch.distributed that are counted; our code calls them through that module."""
 
 
-class Seat(nn.Module):
+class BalancedRouter(nn.Module):
     """A router as far as the balancer sees it, with the real window, bias and rule state, and nothing that routes."""
 
     def __init__(self, experts: int, rule: str) -> None:
         super().__init__()
         self.alf = ALFConfig(rule=rule)
         knobs = self.alf.rule_knobs
-        self.load_window = LoadWindow(experts, with_margins=knobs.threshold is not None)
+        self.load_counter = LoadCounter(experts, with_margins=knobs.threshold is not None)
         self.expert_bias = torch.zeros(experts)
         self.n = torch.zeros(1, dtype=torch.int64)
         self.state = {name: rows[0] for name, rows in knobs.init(1, experts).items()}
@@ -82,13 +82,15 @@ class Seat(nn.Module):
         self.expert_bias, self.n, self.state = bias_E, n, state
 
 
-def seats(layers: int, experts: int, rule: str) -> list[Seat]:
+def routers(layers: int, experts: int, rule: str) -> list[BalancedRouter]:
     """Routers that saw one token in every bin of every expert's histogram, on every rank."""
-    made = [Seat(experts, rule) for _ in range(layers)]
-    for seat in made:
-        seat.load_window.counts_E += margins.SIDE  # the margins from zero on are those of tokens that chose the expert
-        if seat.load_window.histogram_EB is not None:
-            seat.load_window.histogram_EB += 1
+    made = [BalancedRouter(experts, rule) for _ in range(layers)]
+    for router in made:
+        router.load_counter.tokens_per_expert += (
+            margins.SIDE
+        )  # the margins from zero on are those of tokens that chose the expert
+        if router.load_counter.histogram_EB is not None:
+            router.load_counter.histogram_EB += 1
     return made
 
 
@@ -118,14 +120,14 @@ def _timed(work: Callable[[], Any]) -> float:
 
 def _case(layers: int, experts: int, rule: str, repeats: int, gradient_bytes: int) -> dict[str, Any]:
     """One shape on this rank: sizes, counts, and this rank's seconds of every repeat."""
-    made = seats(layers, experts, rule)
-    windows = [seat.load_window for seat in made]
+    made = routers(layers, experts, rule)
+    windows = [router.load_counter for router in made]
     balancer = Balancer(made, range(1, layers + 1), dist.group.WORLD)
     with counting() as calls:
         balancer.launch()
         balancer.commit()
     counted = dict(calls)
-    started = LoadSum(windows, dist.group.WORLD)
+    started = LoadAllReduce(windows, dist.group.WORLD)
     started.wait()
     nbytes = started.nbytes
     flat = torch.ones(nbytes // 4, dtype=torch.int32)
@@ -137,13 +139,13 @@ def _case(layers: int, experts: int, rule: str, repeats: int, gradient_bytes: in
             torch.mm(matrix, matrix)
 
     def with_ours() -> None:
-        started = LoadSum(windows, dist.group.WORLD)
+        started = LoadAllReduce(windows, dist.group.WORLD)
         other_work()
         started.wait()
 
     works: dict[str, Callable[[], Any]] = {
         "bare": lambda: dist.all_reduce(flat),
-        "packed": lambda: LoadSum(windows, dist.group.WORLD).wait(),
+        "packed": lambda: LoadAllReduce(windows, dist.group.WORLD).wait(),
         "other": other_work,
         "overlapped": with_ours,
     }

@@ -22,8 +22,9 @@ import torch
 
 from alflb_megatron import rules
 from alflb_megatron.lab.records.files import write_json
+from alflb_megatron.lab.replay.recording import Recording
 from alflb_megatron.lab.replay.replay import replay
-from alflb_megatron.lab.replay.scores import Recording, open_scores
+from alflb_megatron.lab.replay.scores import open_scores
 from alflb_megatron.rules import Rule
 from benchmarks import machine
 from benchmarks.streams import BEYOND, SIMULATED

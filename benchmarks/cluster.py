@@ -2,7 +2,7 @@
 
 No cluster was used. Step time is model FLOPs over (GPUs x peak x utilisation): FLOPs from
 `alflb_megatron.lab.sweep.flops`, the all-reduce from the alpha-beta model of `benchmarks.scale` with its constants. It
-is one all-reduce a pipeline stage and global batch, over all ranks of the stage, of what `LoadSum` really sends.
+is one all-reduce a pipeline stage and global batch, over all ranks of the stage, of what `LoadAllReduce` really sends.
 
 What balance is worth is a simulation of Megatron-Core's all-to-all dispatcher over recorded loads. Experts lie in order
 on the EP ranks, E / EP each; every rank routes as many tokens, with the same shares over the experts. In an MoE layer
@@ -150,7 +150,7 @@ def v3_utilisation() -> float:
 
 def all_reduce_bytes(layers: int, experts: int, with_margins: bool) -> int:
     """What the balancer sends: the flat tensor of `scale`, and the digests of `agreement` that ride on it."""
-    digests = agreement.SLOTS * (torch.int32 if with_margins else torch.int64).itemsize
+    digests = agreement.CHECKSUM_SIZE * (torch.int32 if with_margins else torch.int64).itemsize
     return scale.all_reduce_bytes(layers, experts, with_margins) + digests
 
 

@@ -22,7 +22,8 @@ from torch import Tensor
 from alflb_megatron import metrics
 from alflb_megatron.lab.records.files import read_json
 from alflb_megatron.lab.records.metrics_file import read_metrics
-from alflb_megatron.lab.training.job import Plan, resolve
+from alflb_megatron.lab.training.job import Plan
+from alflb_megatron.lab.training.resolve import resolve
 from benchmarks import in_training
 
 EP = (2, 4, 8, 16, 64)

@@ -6,7 +6,7 @@ import textwrap
 from collections.abc import Mapping
 from typing import Any
 
-from alflb_megatron.lab.training.job import BUILTIN_RATE
+from alflb_megatron.lab.training.resolve import BUILTIN_RATE
 from benchmarks import cluster_tables as tables
 from benchmarks.scale import ms_text
 

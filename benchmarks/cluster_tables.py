@@ -165,7 +165,7 @@ def figure(found: Mapping[str, Any]) -> Figure:
     """
     from matplotlib.figure import Figure
 
-    from alflb_megatron.lab.display.plots import COLOURS, DPI, dress
+    from alflb_megatron.lab.display.plot_style import COLOURS, DPI, style_axes
 
     drawn = Figure(figsize=(5.0 * len(found["loads"]), 4.2), dpi=DPI, layout="constrained")
     for panel, (name, loads) in enumerate(found["loads"].items(), 1):
@@ -185,7 +185,7 @@ def figure(found: Mapping[str, Any]) -> Figure:
         axes.set_yscale("log")
         axes.set_title(f"{name}, loads of {loads['shape']['num_experts']} experts", fontsize=10)
         axes.set_xlabel("MaxVio, mean over MoE layers")
-        dress(axes)
+        style_axes(axes)
         if panel == 1:
             axes.set_ylabel("step longer than under even loads, %")
             drawn.legend(*axes.get_legend_handles_labels(), loc="outside upper center", ncols=6, frameon=False)

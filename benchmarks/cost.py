@@ -123,7 +123,7 @@ def _kinds(config: Any, gate: str) -> dict[str, Kind]:
 def measure(experts: int, tokens: int, gate: str, rounds: int) -> dict[str, Any]:
     """Median seconds and ratios of every kind for one shape."""
     from alflb_megatron.lab.training import build
-    from alflb_megatron.lab.training.job import resolve
+    from alflb_megatron.lab.training.resolve import resolve
 
     plan = resolve({"rule": "none", "nproc": 1, "ep": 1}, {"num_experts": experts, "topk": TOPK[experts]}, {})
     config = dataclasses.replace(

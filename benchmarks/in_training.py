@@ -29,7 +29,8 @@ from alflb_megatron.lab.records.metrics_file import read_metrics
 from alflb_megatron.lab.records.summary import maxvio_text
 from alflb_megatron.lab.records.versions import git_revision
 from alflb_megatron.lab.sweep.demo import TrainingFailed, failure
-from alflb_megatron.lab.training.job import Plan, resolve
+from alflb_megatron.lab.training.job import Plan
+from alflb_megatron.lab.training.resolve import resolve
 from alflb_megatron.metrics import sampling_floor
 
 if TYPE_CHECKING:
@@ -280,7 +281,7 @@ def figure(results: Mapping[str, Any]) -> Figure:
     """MaxVio over the steps, mean over seeds, one panel a preset; the sampling floor dotted."""
     from matplotlib.figure import Figure
 
-    from alflb_megatron.lab.display.plots import COLOURS, DPI, dress
+    from alflb_megatron.lab.display.plot_style import COLOURS, DPI, style_axes
 
     presets = results["presets"]
     drawn = Figure(figsize=(5.0 * len(presets), 4.0), dpi=DPI, layout="constrained")
@@ -293,7 +294,7 @@ def figure(results: Mapping[str, Any]) -> Figure:
         axes.set_yscale("log")
         axes.set_title(f"{preset}: top-{found['topk']} of {found['experts']} experts", fontsize=10)
         axes.set_xlabel(f"training step ({found['tokens']:,} tokens)")
-        dress(axes)
+        style_axes(axes)
         if panel == 1:
             axes.set_ylabel("MaxVio, mean over MoE layers and seeds")
             axes.legend(frameon=False, fontsize=9)

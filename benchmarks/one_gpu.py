@@ -32,7 +32,7 @@ from typing import Any
 
 import torch
 
-from alflb_megatron import cli
+from alflb_megatron.lab import cli
 from alflb_megatron.lab.records.files import read_json, write_json
 from alflb_megatron.lab.records.metrics_file import read_metrics
 from alflb_megatron.lab.records.summary import maxvio_text
@@ -90,7 +90,7 @@ def _put_ranges(ours: bool) -> None:
 
     from alflb_megatron import margins, router
     from alflb_megatron.balancer import Balancer
-    from alflb_megatron.loads import LoadWindow
+    from alflb_megatron.loads import LoadCounter
 
     finalize = sys.modules["megatron.core.distributed.finalize_model_grads"]
     theirs = megatron_router.TopKRouter
@@ -102,7 +102,7 @@ def _put_ranges(ours: bool) -> None:
         (theirs, "counting", ["_apply_expert_bias"]),
         (router, "counting", ["margins_of_map"]),
         (margins, "counting", ["of_top", "of_map", "of_groups"]),  # inside `select`
-        (LoadWindow, "counting" if ours else "watching", ["observe", "observe_map"]),
+        (LoadCounter, "counting" if ours else "watching", ["observe", "observe_map"]),
         (Balancer, "update" if ours else "watching", ["launch", "commit"]),
         (finalize, "update", [] if ours else ["_update_router_expert_bias", "reset_model_temporary_tensors"]),
     ):
@@ -115,7 +115,7 @@ def measure(words: Sequence[str], result: Path) -> int:
     from alflb_megatron.hosts import cpu
 
     cpu.prepare()
-    from alflb_megatron.lab.training.train import _Session
+    from alflb_megatron.lab.training.train import TrainingRun
 
     plan = plan_of(cli.parse(words))
     _put_ranges(ours=plan.alf is not None)
@@ -123,7 +123,7 @@ def measure(words: Sequence[str], result: Path) -> int:
     kinds = torch.profiler.ProfilerActivity
     profiler = torch.profiler.profile(activities=[kinds.CPU, kinds.CUDA] if cuda else [kinds.CPU])
     found: dict[str, Any] = {"peak_memory": None}
-    plain_step, plain_gathered = _Session._step, _Session._gathered
+    plain_step, plain_gather_metrics = TrainingRun._step, TrainingRun._gather_metrics
 
     def first_half(self: Any, step: int) -> dict[str, Any]:
         if step == WARM_UP + 1:
@@ -134,12 +134,12 @@ def measure(words: Sequence[str], result: Path) -> int:
 
     def second_half(self: Any, record: dict[str, Any]) -> dict[str, Any]:
         with _range("step"):
-            whole = plain_gathered(self, record)
+            whole = plain_gather_metrics(self, record)
         if record["step"] == WARM_UP + PROFILED:
             profiler.stop()
         return whole
 
-    _Session._step, _Session._gathered = first_half, second_half  # type: ignore[method-assign]
+    TrainingRun._step, TrainingRun._gather_metrics = first_half, second_half  # type: ignore[method-assign]
     code = cli.main(words)
     if code == 0:
         write_json(result, {**found, "profile": profile_of(profiler.events(), cuda)})

@@ -85,7 +85,7 @@ def balance_figure(found: dict[str, Any]) -> Figure:
     """MaxVio over the sampling floor, step by step, for a few streams and rules."""
     from matplotlib.figure import Figure
 
-    from alflb_megatron.lab.display.plots import COLOURS, DPI, dress
+    from alflb_megatron.lab.display.plot_style import COLOURS, DPI, style_axes
 
     rows = [row for row in found["rows"] if row["stream"] in DRAWN]
     drawn = Figure(figsize=(4.2 * len(rows), 3.6), dpi=DPI, layout="constrained")
@@ -98,7 +98,7 @@ def balance_figure(found: dict[str, Any]) -> Figure:
         axes.set_yscale("log")
         axes.set_title(f"{row['stream']} (top-{row['topk']} of {row['experts']})", fontsize=10)
         axes.set_xlabel(f"update ({row['tokens']:,.0f} tokens)")
-        dress(axes)
+        style_axes(axes)
         if panel == 1:
             axes.set_ylabel("MaxVio / sampling floor")
             drawn.legend(*axes.get_legend_handles_labels(), loc="outside upper center", ncols=5, frameon=False)

@@ -2,7 +2,7 @@
 
 Measured: the time of one update of every rule over all layers at once (`rule.step` on [layers, experts] stacks, on
 loads and margins of a real choice by random scores; median), the bytes a rank holds for it, and the bytes of the one
-all-reduce, both taken from the real `LoadWindow` and `LoadSum`. On paper: the time of that all-reduce by the
+all-reduce, both taken from the real `LoadCounter` and `LoadAllReduce`. On paper: the time of that all-reduce by the
 alpha-beta model, for a group of p ranks and n bytes
 
     ring    2 (p - 1) / p n / B + 2 (p - 1) alpha
@@ -31,7 +31,7 @@ import torch
 from torch import Tensor
 
 from alflb_megatron import margins, rules
-from alflb_megatron.loads import LoadSum, LoadWindow
+from alflb_megatron.loads import LoadAllReduce, LoadCounter
 from alflb_megatron.rules import Rule, State, Stats
 
 SHAPES = ((26, 64), (61, 256), (128, 1024))
@@ -103,7 +103,7 @@ def best(ranks: int, nbytes: float) -> dict[str, Any]:
 
 def all_reduce_bytes(layers: int, experts: int, with_margins: bool) -> int:
     """Bytes of the one flat tensor of all layers, from the real thing with one layer: layers are laid end to end."""
-    return layers * LoadSum([LoadWindow(experts, with_margins=with_margins)], None).nbytes
+    return layers * LoadAllReduce([LoadCounter(experts, with_margins=with_margins)], None).nbytes
 
 
 def _bytes(tensors: Sequence[Tensor]) -> int:
@@ -114,7 +114,7 @@ def kept_bytes(rule: Rule, layers: int, experts: int) -> dict[str, int]:
     """Bytes a rank holds: `state` is what checkpoints hold (bias, n, rule state), `window` the counts of one batch."""
     state = _bytes(list(rule.init(layers, experts).values()))
     state += _bytes([torch.zeros(layers, experts), torch.zeros(layers, dtype=torch.int64)])
-    window = LoadWindow(experts, with_margins=rule.threshold is not None)
+    window = LoadCounter(experts, with_margins=rule.threshold is not None)
     return {"state": state, "window": layers * _bytes([part for part in window.now() if part is not None])}
 
 
@@ -127,7 +127,7 @@ def batch(layers: int, experts: int, threshold: margins.Threshold, topk: int = T
         scores_TE = torch.sigmoid(torch.randn(TOKENS, experts, generator=generator) + lean_E)
         top_TJ, experts_TJ = scores_TE.topk(min(topk + 1, experts), dim=1)
         experts_TK = experts_TJ[:, :topk]
-        window = LoadWindow(experts, with_margins=True)
+        window = LoadCounter(experts, with_margins=True)
         window.observe(experts_TK, margins_TE=margins.of_top(scores_TE, top_TJ, experts_TK, threshold))
         seen.append(window.now())
     turn = [seen[layer % len(seen)] for layer in range(layers)]

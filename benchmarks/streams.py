@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from alflb_megatron.lab.replay.scores import Gating, Recording
+from alflb_megatron.lab.replay.recording import Gating, Recording
 
 CLUSTERS = 200
 SPREAD = 0.5  # of tokens around their centre, whose coordinates have deviation 1

@@ -22,8 +22,9 @@ from torch import Tensor
 
 from alflb_megatron import rules
 from alflb_megatron.lab.records.files import write_json
+from alflb_megatron.lab.replay.recording import Recording
 from alflb_megatron.lab.replay.replay import replay
-from alflb_megatron.lab.replay.scores import Recording, open_scores
+from alflb_megatron.lab.replay.scores import open_scores
 from benchmarks import machine
 from benchmarks.balance import RECORDED, SEED, record
 
@@ -37,7 +38,7 @@ class Upstream:
         from megatron.core.transformer.moe.router import TopKRouter
 
         from alflb_megatron.lab.training import build
-        from alflb_megatron.lab.training.job import resolve
+        from alflb_megatron.lab.training.resolve import resolve
 
         self.finalize: Any = sys.modules["megatron.core.distributed.finalize_model_grads"]
         self.gate, self.topk = recording.gating.score_function, recording.topk

@@ -27,7 +27,7 @@ import torch
 
 from alflb_megatron.hosts.bridge import ALFGPTModelProvider, ALFLBCallback  # first: makes Bridge importable
 from alflb_megatron.hosts.cpu import SWITCHES
-from alflb_megatron.hosts.stop import end_on_one_line
+from alflb_megatron.hosts.errors import exit_on_setting_error
 from alflb_megatron.models import PRESETS
 from alflb_megatron.recipes.training import preset_of, training_of
 from alflb_megatron.settings import SettingError
@@ -188,7 +188,7 @@ def main(arguments: list[str]) -> None:
     """Trains a recipe on this rank; ends with one line on a setting that cannot work."""
     if not arguments or arguments[0] in ("-h", "--help"):
         sys.exit(__doc__)
-    end_on_one_line()
+    exit_on_setting_error()
     cfg: Any = configured(arguments[0], arguments[1:])
     cfg.model.finalize()
     pretrain(cfg, forward_step, callbacks=[ALFLBCallback()])

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import NoReturn
 
 from alflb_megatron import __version__
-from alflb_megatron.hosts.stop import leave
+from alflb_megatron.hosts.errors import exit_with_error
 from alflb_megatron.lab.training.launch import under_a_launcher
 from alflb_megatron.settings import SettingError
 
@@ -31,16 +31,16 @@ COMMANDS = {
     "train": Command("train a DeepSeekMoE with Megatron-Core and watch its balance", "training.command", ("tqdm",)),
     "demo": Command("train without a bias, with the built-in and with ours", "sweep.demo", ("tqdm", "matplotlib")),
     "data": Command("make training data of text, in Megatron's format, or check it", "data.prepare", ("tqdm",)),
-    "replay": Command("compare the balance of rules over recorded router scores", "replay.replay", ("tqdm",)),
-    "theory": Command(
-        "measure what the theory claims", "theory.command", ("scipy", "matplotlib", "tqdm")
-    ),
+    "replay": Command("compare the balance of rules over recorded router scores", "replay.command", ("tqdm",)),
+    "theory": Command("measure what the theory claims", "theory.command", ("scipy", "matplotlib", "tqdm")),
     "patch": Command("put the flags of ALF-LB into a checkout of Megatron-LM, or take them out", "tools.patch"),
     "doctor": Command("say what of the hosts is installed, and which path each feature takes", "tools.doctor"),
     "bias": Command("show expert biases, or write them for Hugging Face's models", "tools.bias"),
-    "report": Command("draw one page about one or several runs", "report.report", ("jinja2", "matplotlib")),
-    "reproduce": Command("train a plan's runs, and draw them", "sweep", ("yaml", "matplotlib", "scipy", "tqdm")),
-    "watch": Command("show a running job in the terminal", "watch.watch", ("rich",)),
+    "report": Command("draw one page about one or several runs", "report.command", ("jinja2", "matplotlib")),
+    "reproduce": Command(
+        "train a plan's runs, and draw them", "sweep.command", ("yaml", "matplotlib", "scipy", "tqdm")
+    ),
+    "watch": Command("show a running job in the terminal", "watch.command", ("rich",)),
 }
 
 
@@ -88,7 +88,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return int(arguments.run(arguments, words))
     except SettingError as error:
         if under_a_launcher():
-            leave(error)
+            exit_with_error(error)
         print(f"alflb: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

@@ -9,8 +9,8 @@ from alflb_megatron import rules
 from alflb_megatron.lab.records.run_folder import RunFolder
 from alflb_megatron.lab.records.summary import summarise
 from alflb_megatron.lab.training.command import plan_of
-from alflb_megatron.lab.training.job import resolve
-from alflb_megatron.loads import LoadSum, LoadWindow
+from alflb_megatron.lab.training.resolve import resolve
+from alflb_megatron.loads import LoadAllReduce, LoadCounter
 from alflb_megatron.margins import BINS
 from alflb_megatron.metrics import sampling_floor
 from benchmarks import all_reduce, in_training, scale
@@ -40,8 +40,8 @@ def test_the_better_algorithm_over_the_link_that_is_needed():
 
 @pytest.mark.parametrize(("with_margins", "by_hand"), [(False, 3 * 5 * 8), (True, 3 * (5 + 4 * BINS) * 4)])
 def test_all_reduce_bytes_are_those_of_all_windows(with_margins, by_hand):
-    windows = [LoadWindow(4, with_margins=with_margins) for _ in range(3)]
-    assert scale.all_reduce_bytes(3, 4, with_margins) == LoadSum(windows, None).nbytes == by_hand
+    windows = [LoadCounter(4, with_margins=with_margins) for _ in range(3)]
+    assert scale.all_reduce_bytes(3, 4, with_margins) == LoadAllReduce(windows, None).nbytes == by_hand
 
 
 def test_kept_bytes_by_hand():
@@ -195,7 +195,7 @@ def test_only_a_finished_run_with_the_same_settings_is_kept(tmp_path):
 
 
 def test_the_command_line_gives_the_settings():
-    from alflb_megatron import cli
+    from alflb_megatron.lab import cli
 
     options = in_training.settings("tiny", "aux", 7, 3)
     words = in_training.command(options, "x")[3:]

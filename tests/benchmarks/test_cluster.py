@@ -12,8 +12,8 @@ from alflb_megatron.lab.records.run_folder import RunFolder
 from alflb_megatron.lab.records.summary import summarise
 from alflb_megatron.lab.sweep import flops
 from alflb_megatron.lab.training.command import plan_of
-from alflb_megatron.lab.training.job import resolve
-from alflb_megatron.loads import LoadSum, LoadWindow
+from alflb_megatron.lab.training.resolve import resolve
+from alflb_megatron.loads import LoadAllReduce, LoadCounter
 from alflb_megatron.models import PRESETS, ModelShape
 from benchmarks import cluster, cluster_loads, cluster_tables, report, scale
 from benchmarks.cluster import MODELS, ONE_B, V3
@@ -73,8 +73,8 @@ def test_v3_has_the_active_parameters_that_its_paper_states():
 @pytest.mark.parametrize("name", ["sign", "adaptive"])
 def test_bytes_are_what_the_balancer_sends(name):
     margins = rules.make(name).threshold is not None
-    windows = [LoadWindow(8, with_margins=margins) for _ in range(3)]
-    sent = LoadSum(windows, None, passenger=torch.zeros(agreement.SLOTS, dtype=torch.int64))
+    windows = [LoadCounter(8, with_margins=margins) for _ in range(3)]
+    sent = LoadAllReduce(windows, None, piggyback=torch.zeros(agreement.CHECKSUM_SIZE, dtype=torch.int64))
     assert cluster.all_reduce_bytes(3, 8, margins) == sent.nbytes
 
 
@@ -220,7 +220,7 @@ def test_only_a_finished_run_with_the_same_settings_is_kept(run, tmp_path):
 
 
 def test_the_command_line_gives_the_settings():
-    from alflb_megatron import cli
+    from alflb_megatron.lab import cli
     from benchmarks import in_training
 
     for name, shape in cluster_loads.RECORDED.items():

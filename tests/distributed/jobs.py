@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from alflb_megatron.lab.training.job import Plan, resolve
+from alflb_megatron.lab.training.job import Plan
+from alflb_megatron.lab.training.resolve import resolve
 from tests.distributed.ranks import model_parallel
 
 SMALL = {
@@ -81,19 +82,19 @@ class Runner:
         from alflb_megatron.lab.training import build
 
         self.plan = plan_
-        self.trainee = build.trainee(plan_)
+        self.setup = build.setup_model_and_optimizer(plan_)
         self.dp_rank = parallel_state.get_data_parallel_rank()
         self.last_stage = parallel_state.is_pipeline_last_stage(ignore_virtual=True)
         self.trace = Trace()
         self._maps: list[Tensor] = []
-        self.routers = [m for c in self.trainee.chunks for m in c.modules() if isinstance(m, TopKRouter)]
+        self.routers = [m for c in self.setup.chunks for m in c.modules() if isinstance(m, TopKRouter)]
         for router in self.routers:
             router.register_forward_hook(lambda _, __, output: self._maps.append(output[1].clone()))
 
     def forward_backward(self, step: int, forward_only: bool = False) -> list[dict[str, Tensor]]:
         from megatron.core.pipeline_parallel import get_forward_backward_func
 
-        job, shape, chunks = self.plan.job, self.plan.shape, self.trainee.chunks
+        job, shape, chunks = self.plan.job, self.plan.shape, self.setup.chunks
         rows = batches(self.plan, step, self.dp_rank)
         return get_forward_backward_func()(
             forward_step_func=self._forward_step,
@@ -119,21 +120,21 @@ class Runner:
 
     def step(self, step: int) -> None:
         self._maps = []
-        for chunk in self.trainee.chunks:
+        for chunk in self.setup.chunks:
             chunk.zero_grad_buffer()
-        self.trainee.optimizer.zero_grad()
+        self.setup.optimizer.zero_grad()
         losses = self.forward_backward(step)
-        self.trainee.scheduler.step(increment=1)
-        self.trainee.optimizer.step()
-        trace, balancer = self.trace, self.trainee.balancer
+        self.setup.scheduler.step(increment=1)
+        self.setup.optimizer.step()
+        trace, balancer = self.trace, self.setup.balancer
         trace.losses.append(sum(float(entry["loss"]) for entry in losses))
-        seats = list(zip(balancer.layers, balancer.seats, strict=True))
-        trace.biases.append({k: s.expert_bias.detach().clone() for k, s in seats if s.expert_bias is not None})
+        routers = list(zip(balancer.layers, balancer.routers, strict=True))
+        trace.biases.append({k: s.expert_bias.detach().clone() for k, s in routers if s.expert_bias is not None})
         record = balancer.last
         if record is not None:
             trace.loads.append(dict(zip(record.layers, record.loads, strict=True)))
         trace.maps.append(self._maps)
-        trace.n = {k: int(s.alf_n) for k, s in seats if s.alf is not None}
+        trace.n = {k: int(s.alf_n) for k, s in routers if s.alf is not None}
 
 
 def sizes(plan_: Plan) -> dict[str, int | None]:

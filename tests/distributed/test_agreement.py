@@ -21,11 +21,11 @@ def test_one_flipped_bit_on_one_of_many_ranks_is_found(element: int, bit: int, w
     bias, n, gain = torch.randn(64, generator=generator), torch.tensor([7]), torch.rand(1, generator=generator)
     other = bias.clone()
     other.view(torch.int32)[element] ^= 1 << bit if bit < 31 else -(2**31)
-    same, differs = (agreement.slots([agreement.digest([row, n, gain])] * 3) for row in (bias, other))
-    assert agreement.agreed(same * world, world)
-    assert not agreement.agreed(same * world + differs, world + 1)
+    same, differs = (agreement.checksum([agreement.digest([row, n, gain])] * 3) for row in (bias, other))
+    assert agreement.all_agree(same * world, world)
+    assert not agreement.all_agree(same * world + differs, world + 1)
     # As it travels beside histograms, in 32 bits.
-    assert not agreement.agreed((same * world + differs).to(torch.int32), world + 1)
+    assert not agreement.all_agree((same * world + differs).to(torch.int32), world + 1)
 
 
 def _runner(rule: str, **alf: Any) -> jobs.Runner:
@@ -56,7 +56,7 @@ def _one_bit(rule: str, rank: int, on_disagreement: str) -> dict[str, Any]:
             except agreement.DisagreementError as error:
                 found["stopped"] = str(error)
                 break
-            found["counted"].append(runner.trainee.balancer.disagreements)
+            found["counted"].append(runner.setup.balancer.disagreements)
         found["bias"] = [router.expert_bias.tolist() for router in runner.routers]
         found["state"] = [{k: v.tolist() for k, v in router.read_state()[1].items()} for router in runner.routers]
     logging.getLogger("alflb_megatron").removeHandler(lines)
@@ -88,7 +88,7 @@ def _unlike_from_the_start() -> list[Any]:
         for router in runner.routers:
             router.expert_bias += float(torch.distributed.get_rank())
         runner.step(0)
-        return [runner.trainee.balancer.disagreements, [router.expert_bias.tolist() for router in runner.routers]]
+        return [runner.setup.balancer.disagreements, [router.expert_bias.tolist() for router in runner.routers]]
 
 
 def test_biases_from_different_files_are_found_at_the_first_step() -> None:
@@ -123,7 +123,7 @@ def _second_stage() -> dict[str, Any]:
             runner.routers[-1].expert_bias += 0.5
         runner.step(0)
         biases = {k: v.tolist() for k, v in runner.trace.biases[0].items()}
-        return {"counted": runner.trainee.balancer.disagreements, "biases": biases, "lines": lines.lines}
+        return {"counted": runner.setup.balancer.disagreements, "biases": biases, "lines": lines.lines}
 
 
 def test_ranks_are_named_by_their_place_in_the_whole_job() -> None:

@@ -45,17 +45,17 @@ def _counts(job: dict[str, Any], shape: dict[str, Any]) -> list[tuple[int, list[
         runner = jobs.Runner(plan)
         # The first forward pass of a recomputed layer runs without gradients; every token passes there exactly once.
         once = (lambda: not torch.is_grad_enabled()) if job.get("recompute", "none") != "none" else (lambda: True)
-        seats = runner.trainee.balancer.seats
+        routers = runner.setup.balancer.routers
         for step in range(3):
-            before = [seat.expert_bias.clone() for seat in seats]
-            logits = _Logits(seats, once)
+            before = [router.expert_bias.clone() for router in routers]
+            logits = _Logits(routers, once)
             runner.step(step)
-            for index, (layer, seat) in enumerate(zip(runner.trainee.balancer.layers, seats, strict=True)):
-                mine = sum(_chosen(x, before[index], plan.shape.topk) for x in logits.seen[id(seat)])
+            for index, (layer, router) in enumerate(zip(runner.setup.balancer.layers, routers, strict=True)):
+                mine = sum(_chosen(x, before[index], plan.shape.topk) for x in logits.seen[id(router)])
                 everywhere = torch.from_numpy(np.asarray(mine))
-                torch.distributed.all_reduce(everywhere, group=seat.tp_dp_cp_group)
-                rows.append((layer, runner.trainee.balancer.last.loads[index].tolist(), everywhere.tolist()))
-                del seat.gating  # the class's own again
+                torch.distributed.all_reduce(everywhere, group=router.tp_dp_cp_group)
+                rows.append((layer, runner.setup.balancer.last.loads[index].tolist(), everywhere.tolist()))
+                del router.gating  # the class's own again
     return rows
 
 
@@ -88,23 +88,23 @@ def _windows() -> dict[str, Any]:
     with ranks.model_parallel(**jobs.sizes(plan)):
         runner = jobs.Runner(plan)
         runner.step(0)
-        windows = [seat.load_window for seat in runner.trainee.balancer.seats]
-        for chunk in runner.trainee.chunks:
+        windows = [router.load_counter for router in runner.setup.balancer.routers]
+        for chunk in runner.setup.chunks:
             chunk.eval()
         runner.forward_backward(1, forward_only=True)  # with gradients enabled, as some trainers evaluate
         with torch.no_grad():
             runner.forward_backward(2, forward_only=True)
-        found["after evaluation"] = sum(int(window.counts_E.sum()) for window in windows)
-        for chunk in runner.trainee.chunks:
+        found["after evaluation"] = sum(int(window.tokens_per_expert.sum()) for window in windows)
+        for chunk in runner.setup.chunks:
             chunk.train()
         with torch.no_grad():
             runner.forward_backward(3, forward_only=True)
-        found["after a forward pass without gradients"] = sum(int(window.counts_E.sum()) for window in windows)
+        found["after a forward pass without gradients"] = sum(int(window.tokens_per_expert.sum()) for window in windows)
 
         frozen = jobs.plan({"rule": "sign", "nproc": 2, "ep": 2}, frozen=True)
         watcher = jobs.Runner(frozen)
         watcher.step(0)
-        found["frozen loads"] = [int(loads.sum()) for loads in watcher.trainee.balancer.last.loads]
+        found["frozen loads"] = [int(loads.sum()) for loads in watcher.setup.balancer.last.loads]
         found["frozen bias"] = max(float(bias.abs().max()) for bias in watcher.trace.biases[-1].values())
         found["frozen n"] = max(watcher.trace.n.values())
     return found

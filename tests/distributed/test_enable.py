@@ -71,14 +71,14 @@ def _finalized_by_hand(runner: jobs.Runner) -> list[int]:
     """Updates of a loop that calls finalize_model_grads itself, as Megatron-LM's own small examples do."""
     from megatron.core.distributed import finalize_model_grads
 
-    trainee = runner.trainee
-    trainee.config.finalize_model_grads_func = None
+    setup = runner.setup
+    setup.config.finalize_model_grads_func = None
     for step in range(2):
-        for chunk in trainee.chunks:
+        for chunk in setup.chunks:
             chunk.zero_grad_buffer()
         runner.forward_backward(step)
-        finalize_model_grads(trainee.chunks)
-        trainee.optimizer.step()
+        finalize_model_grads(setup.chunks)
+        setup.optimizer.step()
     return [int(router.alf_n) for router in runner.routers]
 
 
@@ -96,7 +96,7 @@ def _imported_early() -> list[int]:
     try:
         with ranks.model_parallel(**jobs.sizes(plan)):
             runner = jobs.Runner(plan)
-            runner.trainee.config.finalize_model_grads_func = early
+            runner.setup.config.finalize_model_grads_func = early
             for step in range(2):
                 runner.step(step)
             return [int(router.alf_n) for router in runner.routers]

@@ -14,7 +14,7 @@ from torch.distributed.checkpoint.metadata import Metadata
 
 from alflb_megatron.lab.records import metrics_file
 from alflb_megatron.lab.records.run_folder import CONFIG_KEYS, RunFolder
-from alflb_megatron.lab.training.job import resolve
+from alflb_megatron.lab.training.resolve import resolve
 from alflb_megatron.settings import SettingError
 from tests.distributed import jobs, ranks
 from tests.distributed.test_resume import PACKAGE

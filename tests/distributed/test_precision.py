@@ -32,7 +32,7 @@ def _many_tokens(rule: str) -> list[dict[str, Any]]:
     with ranks.model_parallel(**jobs.sizes(plan)):
         runner = jobs.Runner(plan)
         runner.step(0)
-        layers, calls = runner.trainee.balancer.layers, runner.trace.maps[0]
+        layers, calls = runner.setup.balancer.layers, runner.trace.maps[0]
         rows = []
         for index, (layer, router) in enumerate(zip(layers, runner.routers, strict=True)):
             loads = torch.stack([routing_map.sum(dim=0) for routing_map in calls[index :: len(layers)]]).sum(dim=0)

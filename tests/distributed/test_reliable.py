@@ -23,11 +23,11 @@ def _skipped(rule: str) -> dict[str, Any]:
     plan = jobs.plan({"rule": rule, "nproc": 2, "ep": 2, "dtype": "fp16"}, **step_size, **own)
     with ranks.model_parallel(**jobs.sizes(plan)):
         runner = jobs.Runner(plan)
-        first = [p.detach().clone() for p in runner.trainee.chunks[0].parameters()]
+        first = [p.detach().clone() for p in runner.setup.chunks[0].parameters()]
         for step in range(3):
             runner.step(step)
-        same = all(torch.equal(a, b) for a, b in zip(first, runner.trainee.chunks[0].parameters(), strict=True))
-        scale = float(runner.trainee.optimizer.get_loss_scale())
+        same = all(torch.equal(a, b) for a, b in zip(first, runner.setup.chunks[0].parameters(), strict=True))
+        scale = float(runner.setup.optimizer.get_loss_scale())
         biases = [[row.tolist() for row in step.values()] for step in runner.trace.biases]
         return {"weights stood still": same, "scale": scale, "biases": biases, "n": list(runner.trace.n.values())}
 
@@ -95,24 +95,24 @@ def _warm(rule: str, frozen: bool, shape: dict[str, Any]) -> dict[str, Any]:
     plan = jobs.plan({"rule": rule, "nproc": 2, "ep": 2, "lr": 1e-4}, shape, frozen=frozen)
     with ranks.model_parallel(**jobs.sizes(plan)):
         runner = jobs.Runner(plan)
-        balancer = runner.trainee.balancer
+        balancer = runner.setup.balancer
         for router in runner.routers:
             router.alf_n.fill_(5)
-        weights = [p.detach().clone() for p in runner.trainee.chunks[0].parameters()]
-        for chunk in runner.trainee.chunks:
+        weights = [p.detach().clone() for p in runner.setup.chunks[0].parameters()]
+        for chunk in runner.setup.chunks:
             chunk.eval()
         with torch.no_grad():
             found = warm_start(balancer, lambda: runner.forward_backward(0, forward_only=True))
-        for chunk in runner.trainee.chunks:
+        for chunk in runner.setup.chunks:
             chunk.train()
         result = {
             "before": found.before.mean().item(),
             "after": found.after.mean().item(),
             "n": [int(router.alf_n) for router in runner.routers],
-            "left": sum(int(seat.load_window.counts_E.sum()) for seat in balancer.seats),
-            "taps": [router.logit_taps for router in runner.routers],
+            "left": sum(int(router.load_counter.tokens_per_expert.sum()) for router in balancer.routers),
+            "taps": [router.logit_hooks for router in runner.routers],
             "trained": any(
-                not torch.equal(a, b) for a, b in zip(weights, runner.trainee.chunks[0].parameters(), strict=True)
+                not torch.equal(a, b) for a, b in zip(weights, runner.setup.chunks[0].parameters(), strict=True)
             ),
             "bias": [router.expert_bias.tolist() for router in runner.routers],
         }
@@ -147,10 +147,10 @@ def _changed(folder: Path, writer: str, reader: str) -> dict[str, Any]:
         old = jobs.Runner(plans[0])
         for step in range(3):
             old.step(step)
-        path = checkpoint.save(old.trainee, plans[0], 3, folder / f"{writer}-{reader}", "")
+        path = checkpoint.save(old.setup, plans[0], 3, folder / f"{writer}-{reader}", "")
         new = jobs.Runner(plans[1])
         fresh = [{k: v.clone() for k, v in router.read_state()[1].items()} for router in new.routers]
-        checkpoint.load(new.trainee, plans[1], checkpoint.find(path, "--load"))
+        checkpoint.load(new.setup, plans[1], checkpoint.find(path, "--load"))
         pairs = list(zip(old.routers, new.routers, strict=True))
         found = {
             "bias kept": all(torch.equal(a.expert_bias, b.expert_bias) for a, b in pairs),
@@ -241,8 +241,8 @@ def _one_layer_bad() -> dict[str, Any]:
             runner.step(step)
             if hook is not None:
                 hook.remove()
-            rejected.append(runner.trainee.balancer.last.rejected.tolist())
-            alarms.append(list(runner.trainee.balancer.last.alarms))
+            rejected.append(runner.setup.balancer.last.rejected.tolist())
+            alarms.append(list(runner.setup.balancer.last.alarms))
             biases.append([r.expert_bias.tolist() for r in runner.routers])
         found = {"rejected": rejected, "alarms": alarms, "biases": biases, "calls": len(calls)}
         return {**found, "lines": lines.lines, "n": [int(r.alf_n) for r in runner.routers]}
@@ -274,10 +274,10 @@ def _shown() -> tuple[dict[str, float], dict[int, list[int]], dict[int, list[flo
     with ranks.model_parallel(**jobs.sizes(plan)):
         runner = jobs.Runner(plan)
         for step in range(3):
-            before = {s: seat.expert_bias.clone() for s, seat in enumerate(runner.trainee.balancer.seats)}
+            before = {s: router.expert_bias.clone() for s, router in enumerate(runner.setup.balancer.routers)}
             runner.step(step)
-        last = runner.trainee.balancer.last
-        shown = log.figures(runner.trainee.chunks, parallel_state.get_pipeline_model_parallel_group())
+        last = runner.setup.balancer.last
+        shown = log.figures(runner.setup.chunks, parallel_state.get_pipeline_model_parallel_group())
         drift = {
             layer: [float((bias - before[index]).abs().max()), float(last.curvature[index])]
             for index, (layer, bias) in enumerate(zip(last.layers, last.bias, strict=True))

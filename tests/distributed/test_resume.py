@@ -102,19 +102,19 @@ def _resumed_alone(folder: Path) -> dict[str, Any]:
     """On one rank: biases and n as loaded, and the losses of the next two steps of training."""
     from alflb_megatron.lab.training import checkpoint
     from alflb_megatron.lab.training.job import Plan
-    from alflb_megatron.lab.training.train import _Session
+    from alflb_megatron.lab.training.train import TrainingRun
 
     values = json.loads((folder / "config.json").read_text())["settings"]
     values["job"] |= {"nproc": 1, "ep": 1, "pp": 1, "resume": True, "steps": STEPS}
     plan = Plan.from_dict(values)
     metrics = (folder / "metrics.jsonl").read_text()
     with ranks.model_parallel(**jobs.sizes(plan)):
-        session = _Session(plan)
+        session = TrainingRun(plan)
         assert session.resumed == checkpoint.find(folder, "--resume")
-        seats = session.trainee.balancer.seats
+        routers = session.setup.balancer.routers
         found: dict[str, Any] = {
-            "bias": [seat.expert_bias.tolist() for seat in seats],
-            "n": [int(seat.alf_n) for seat in seats],
+            "bias": [router.expert_bias.tolist() for router in routers],
+            "n": [int(router.alf_n) for router in routers],
         }
         found["losses"] = [session._step(EVERY + 1)["loss"], session._step(EVERY + 2)["loss"]]
     (folder / "metrics.jsonl").write_text(metrics)
@@ -133,9 +133,9 @@ def _exchange(folder: Path) -> dict[str, Any]:
             runner = jobs.Runner(writer)
             for step in range(3):
                 runner.step(step)
-            path = checkpoint.save(runner.trainee, writer, 3, folder / name.replace(" ", "-"), "")
+            path = checkpoint.save(runner.setup, writer, 3, folder / name.replace(" ", "-"), "")
             other = jobs.Runner(reader)
-            checkpoint.load(other.trainee, reader, checkpoint.find(path, "--load"), weights_only=True)
+            checkpoint.load(other.setup, reader, checkpoint.find(path, "--load"), weights_only=True)
             found[name] = all(
                 torch.equal(a.expert_bias, b.expert_bias) and bool(a.expert_bias.abs().sum() > 0)
                 for a, b in zip(runner.routers, other.routers, strict=True)

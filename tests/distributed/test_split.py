@@ -110,7 +110,7 @@ def _saved(folder: Path) -> None:
         runner = jobs.Runner(plan)
         for step in range(3):
             runner.step(step)
-        checkpoint.save(runner.trainee, plan, 3, folder, "")
+        checkpoint.save(runner.setup, plan, 3, folder, "")
 
 
 def _one_batch(folder: Path, job: dict[str, Any]) -> tuple[dict[int, list[int]], dict[int, list[float]], float]:
@@ -120,10 +120,10 @@ def _one_batch(folder: Path, job: dict[str, Any]) -> tuple[dict[int, list[int]],
     plan = jobs.plan({"rule": "proportional", **job}, step_size=0.05)
     with ranks.model_parallel(**jobs.sizes(plan)):
         runner = jobs.Runner(plan)
-        checkpoint.load(runner.trainee, plan, checkpoint.find(folder, "--load"), weights_only=True)
+        checkpoint.load(runner.setup, plan, checkpoint.find(folder, "--load"), weights_only=True)
         gaps: list[float] = []
-        for seat in runner.trainee.balancer.seats:
-            seat.register_forward_hook(lambda router, args, _: gaps.append(_narrowest(router, args[0])))
+        for router in runner.setup.balancer.routers:
+            router.register_forward_hook(lambda router, args, _: gaps.append(_narrowest(router, args[0])))
         runner.step(3)
         loads = {layer: row.tolist() for layer, row in runner.trace.loads[-1].items()} if runner.trace.loads else {}
         return loads, {layer: row.tolist() for layer, row in runner.trace.biases[-1].items()}, min(gaps)

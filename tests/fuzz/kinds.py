@@ -12,12 +12,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from alflb_megatron import cli
 from alflb_megatron.config import PREFIX, ALFConfig
+from alflb_megatron.lab import cli
 from alflb_megatron.lab.data import open_data
 from alflb_megatron.lab.records.files import read_json
 from alflb_megatron.lab.records.metrics_file import read_metrics
-from alflb_megatron.lab.records.run_folder import RunFolder, is_run
+from alflb_megatron.lab.records.run_folder import RunFolder, is_run_folder
 from alflb_megatron.lab.records.summary import summarise
 from alflb_megatron.lab.training.command import plan_of
 from alflb_megatron.settings import from_mapping, given_environment
@@ -83,7 +83,7 @@ def config(random: Random, seeds: Path, folder: Path) -> Any:
     run = folder / "run"
     shutil.copytree(seeds / "run", run)
     _damage(random, run / "config.json", mutate.json_text)
-    is_run(run)
+    is_run_folder(run)
     words = random.choice(([], ["--steps", "9"], ["--rule", "quantile"], ["--nproc", "2"]))
     return plan_of(cli.parse(["train", "--resume", "--out", str(run), *words]))
 
@@ -126,7 +126,7 @@ def job(random: Random, seeds: Path, folder: Path) -> Any:
 def checkpoint(random: Random, seeds: Path, folder: Path) -> Any:
     """The pickles and tensors of a checkpoint, up to the state of a real model and optimizer where they pass."""
     from alflb_megatron.lab.training import checkpoint as module
-    from tests.fuzz import trainee
+    from tests.fuzz import loading_model
 
     shutil.copytree(seeds / "trained" / "checkpoints" / "step_00000002", folder / "step_00000002")
     found = folder / "step_00000002"
@@ -137,7 +137,7 @@ def checkpoint(random: Random, seeds: Path, folder: Path) -> Any:
     ]
     _damage(random, found / random.choice(names))
     saved = module.find(found, "--load")
-    plan, model = trainee.there()
+    plan, model = loading_model.plan_and_model()
     return module.load(model, plan, saved, weights_only=random.random() < 0.3)
 
 

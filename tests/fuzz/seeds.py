@@ -14,10 +14,10 @@ import torch
 from safetensors.torch import save_file
 
 from alflb_megatron.lab.records.run_folder import RunFolder
-from alflb_megatron.lab.replay.scores import Gating
+from alflb_megatron.lab.replay.recording import Gating
+from alflb_megatron.lab.replay.score_recorder import ScoreRecorder
 from alflb_megatron.lab.tools.patch import SCRIPT, VERSION_FILE, patches
-from alflb_megatron.lab.training.job import resolve
-from alflb_megatron.lab.training.score_recorder import Recorder
+from alflb_megatron.lab.training.resolve import resolve
 
 ROOT = Path(__file__).parents[2]
 SHAPE = {
@@ -28,10 +28,10 @@ JOB = {"steps": 4, "nproc": 1, "ep": 1, "global_batch_size": 4, "micro_batch_siz
 
 
 class _Router:
-    """The one thing of a router that a `Recorder` needs."""
+    """The one thing of a router that a `ScoreRecorder` needs."""
 
     def __init__(self) -> None:
-        self.score_taps: tuple[Any, ...] = ()
+        self.score_hooks: tuple[Any, ...] = ()
 
 
 def scores(folder: Path) -> None:
@@ -43,10 +43,10 @@ def scores(folder: Path) -> None:
     np.savez_compressed(folder / "packed.npz", scores=stream_SLTE.numpy().astype(np.float16), topk=np.int64(2))
     for rank in range(2):
         routers = {layer: _Router() for layer in (2, 3)}
-        recorder = Recorder(folder / "run", routers, Gating(2, "sigmoid"), rank=rank, ranks=2, steps=3)
+        recorder = ScoreRecorder(folder / "run", routers, Gating(2, "sigmoid"), rank=rank, ranks=2, steps=3)
         for step in range(1, 4):
             for router in routers.values():
-                for tap in router.score_taps:
+                for tap in router.score_hooks:
                     tap(torch.rand(8, 4, generator=generator))
             recorder.write(step)
 

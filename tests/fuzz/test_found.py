@@ -14,8 +14,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from alflb_megatron import cli
 from alflb_megatron.config import ALFConfig, parse_options
+from alflb_megatron.lab import cli
 from alflb_megatron.lab.checkpoints import scan as vetting
 from alflb_megatron.lab.checkpoints.pickle_scan import Refused
 from alflb_megatron.lab.data import open_data
@@ -23,7 +23,7 @@ from alflb_megatron.lab.records.files import read_json
 from alflb_megatron.lab.records.run_folder import RunFolder
 from alflb_megatron.lab.replay.scores import open_scores
 from alflb_megatron.lab.training import launch
-from alflb_megatron.lab.training.job import resolve, resolve_resumed
+from alflb_megatron.lab.training.resolve import resolve, resolve_resumed
 from alflb_megatron.settings import SettingError
 from tests.fuzz import seeds
 

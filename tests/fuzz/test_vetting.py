@@ -20,7 +20,7 @@ import pytest
 import torch
 from torch.distributed.checkpoint.metadata import Metadata
 
-from alflb_megatron import cli
+from alflb_megatron.lab import cli
 from alflb_megatron.lab.checkpoints.pickle_scan import Made, Refused, look
 from alflb_megatron.lab.checkpoints.scan import METADATA, OBJECT, vet
 from alflb_megatron.lab.data import open_data

@@ -28,7 +28,7 @@ cpu.prepare()
 
 from alflb_megatron.lab.checkpoints.scan import METADATA, OBJECT  # noqa: E402
 from alflb_megatron.settings import SettingError  # noqa: E402
-from tests.fuzz import trainee  # noqa: E402
+from tests.fuzz import loading_model  # noqa: E402
 from tests.fuzz.kinds import KINDS  # noqa: E402
 
 GOOD = ("success", "exit code", "SettingError", "ValueError")
@@ -103,7 +103,7 @@ def judge(name: str, case: int, seeds: Path, folder: Path) -> tuple[str, str]:
 
 def main(words: list[str]) -> None:
     seeds = Path(words[0]).absolute()
-    trainee.there()
+    loading_model.plan_and_model()
     sys.addaudithook(_watch)
     used = int(Path("/proc/self/statm").read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE")
     resource.setrlimit(resource.RLIMIT_AS, (used + MEMORY, used + MEMORY))

@@ -37,20 +37,20 @@ def _train_save_load(folder: Path, nproc: int) -> list[float]:
     with ranks.model_parallel(**jobs.sizes(plan)):
         runner = jobs.Runner(plan)
         runner.step(0)
-        saved = checkpoint.find(checkpoint.save(runner.trainee, plan, 1, folder, ""), "--load")
+        saved = checkpoint.find(checkpoint.save(runner.setup, plan, 1, folder, ""), "--load")
         for step in (1, 2):
             runner.step(step)
         losses += runner.trace.losses[-1:]
     with ranks.model_parallel(**jobs.sizes(plan)):
         runner = jobs.Runner(plan)
-        checkpoint.load(runner.trainee, plan, saved)
-        runner.trainee.scheduler.step(increment=1)
+        checkpoint.load(runner.setup, plan, saved)
+        runner.setup.scheduler.step(increment=1)
         for step in (1, 2):
             runner.step(step)
         losses += runner.trace.losses[-1:]
         group = parallel_state.get_data_parallel_group(with_context_parallel=True)
         whole = FullyParallelLoadStrategyWrapper(get_default_load_sharded_strategy(str(saved.path)), group)
-        dist_checkpointing.load(checkpoint._model_state(runner.trainee), str(saved.path), whole)
+        dist_checkpointing.load(checkpoint._model_state(runner.setup), str(saved.path), whole)
         torch.distributed.barrier()
     return losses
 
@@ -196,7 +196,7 @@ def _initial_weights() -> list[tuple[float, float]]:
     for on_cpu in (False, True):
         cpu.SWITCHES["use_cpu_initialization"] = on_cpu
         with ranks.model_parallel(**jobs.sizes(plan)):
-            (chunk,) = jobs.Runner(plan).trainee.chunks
+            (chunk,) = jobs.Runner(plan).setup.chunks
             weights = {name: float(weight.detach().double().abs().sum()) for name, weight in chunk.named_parameters()}
         expert = next(name for name in weights if "local_experts.0" in name)
         router = next(name for name in weights if name.endswith("router.weight"))
@@ -259,7 +259,7 @@ def _norm_weights() -> dict[str, torch.Tensor]:
         runner = jobs.Runner(plan)
         for step in range(3):
             runner.step(step)
-        (chunk,) = runner.trainee.chunks
+        (chunk,) = runner.setup.chunks
         return {name: weight.detach().clone() for name, weight in chunk.named_parameters() if "norm" in name}
 
 
@@ -292,7 +292,7 @@ torch.cuda.is_available = lambda: True
 owners = torch, torch.cuda, torch.cuda.random, torch.Tensor, dist
 before = [dict(vars(owner)) for owner in owners]
 tokens, weight = torch.rand(4, 8), torch.rand(3, 8)
-names = [substitution.name for substitution in cpu.complete()]
+names = [substitution.name for substitution in cpu.prepare_without_te()]
 assert names == ["router_gemm", "adam_step"], names
 assert moe_utils.te_general_gemm is None and DistributedOptimizer.state_dict._alflb_cpu
 logits = moe_utils.router_gating_linear(tokens, weight, None, torch.float32)
@@ -302,7 +302,7 @@ for owner, old in zip(owners, before):
     assert not changed, changed
 import megatron.core.extensions.transformer_engine as transformer_engine
 transformer_engine.HAVE_TE = True
-assert cpu.complete() == ()
+assert cpu.prepare_without_te() == ()
 """
 
 TWICE = """

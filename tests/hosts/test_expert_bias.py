@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from alflb_megatron.biases import Biases, of_qb_beta, threshold_of_qb_beta
+from alflb_megatron.biases import Biases, bias_from_qb_beta, threshold_of_qb_beta
 from alflb_megatron.hosts import huggingface
 from alflb_megatron.settings import SettingError
 from tests.distributed import jobs, ranks
@@ -39,18 +39,18 @@ def _loaded(job: dict[str, Any], shape: dict[str, Any], source: Any, steps: int 
         runner = jobs.Runner(plan)
         for step in range(steps):
             runner.step(step)
-        chunks = runner.trainee.chunks
+        chunks = runner.setup.chunks
         before = bias_of(chunks, parallel_state.get_pipeline_model_parallel_group())
         loaded = load_bias(chunks, source)
-        seats = runner.trainee.balancer.seats
-        states = [seat.read_state() for seat in seats] if plan.alf else []
+        routers = runner.setup.balancer.routers
+        states = [router.read_state() for router in routers] if plan.alf else []
         fresh = plan.alf.rule_knobs.init(layers=1, experts=plan.shape.num_experts) if plan.alf else {}
         return {
             "before": before.rows,
             "loaded": loaded,
             "here": bias_of(chunks).rows,
             "everywhere": bias_of(chunks, parallel_state.get_pipeline_model_parallel_group()),
-            "dtypes": {seat.expert_bias.dtype for seat in seats},
+            "dtypes": {router.expert_bias.dtype for router in routers},
             "n": [int(n) for n, _ in states],
             "afresh": all(torch.equal(row, fresh[name][0]) for _, state in states for name, row in state.items()),
         }
@@ -119,7 +119,7 @@ def _refused() -> list[tuple[str, bool]]:
             runner = jobs.Runner(plan)
             before = [None if r.expert_bias is None else r.expert_bias.clone() for r in runner.routers]
             try:
-                load_bias(runner.trainee.chunks, source, "--bias")
+                load_bias(runner.setup.chunks, source, "--bias")
                 said.append(("", False))
             except SettingError as error:
                 kept = zip(before, runner.routers, strict=True)
@@ -165,7 +165,7 @@ def _quantile(score_function: str, dtype: torch.dtype, threshold: bool) -> dict[
             rows = logits.view(-1, EXPERTS)
             at = threshold_of_qb_beta(rows, theirs.qb_beta, plan.shape.topk, score_function)
             found = dataclasses.replace(
-                found, rows={2: of_qb_beta(theirs.qb_beta, score_function, at)}, score_unit="score"
+                found, rows={2: bias_from_qb_beta(theirs.qb_beta, score_function, at)}, score_unit="score"
             )
         load_bias([ours], found)
         (their_probs, their_map), (probs, chosen) = theirs.routing(logits), ours.routing(logits)

@@ -38,9 +38,9 @@ def _trained(num_groups: int | None, folder: str) -> dict[int, dict[str, Tensor]
             runner.step(step)
         for router in runner.routers:
             router.expert_bias -= 1.0  # as far as a rule without centring may drift: no choice changes
-        huggingface.save(bias_of(runner.trainee.chunks), Path(folder) / "bias.safetensors")
+        huggingface.save(bias_of(runner.setup.chunks), Path(folder) / "bias.safetensors")
         seen = {}
-        for layer, router in zip(runner.trainee.balancer.layers, runner.routers, strict=True):
+        for layer, router in zip(runner.setup.balancer.layers, runner.routers, strict=True):
             hidden = torch.randn(256, 1, HIDDEN, generator=torch.Generator().manual_seed(layer))
             with torch.no_grad():
                 probs, chosen = router(hidden)

@@ -20,7 +20,7 @@ import torch
 
 from alflb_megatron.hosts import log
 from alflb_megatron.lab.cli import main
-from alflb_megatron.lab.tools.patch import SCRIPT, recognise
+from alflb_megatron.lab.tools.patch import SCRIPT, identify_checkout
 from tests.hosts import saved
 from tests.hosts.launched import logged
 
@@ -222,7 +222,7 @@ WITH_MTP = ("--mtp-num-layers", "1")
 
 
 def _version(tree: Path) -> tuple[int, ...]:
-    return tuple(int(part) for part in recognise(tree).version.split(".")[:2])
+    return tuple(int(part) for part in identify_checkout(tree).version.split(".")[:2])
 
 
 def _mtp(tree: Path) -> tuple[str, ...]:

@@ -87,12 +87,12 @@ def of_optimizer(config: Any) -> dict[str, Any]:
 
 def core() -> dict[str, Any]:
     importlib.import_module("alflb_megatron.hosts.cpu").prepare()
-    build, job = (importlib.import_module(f"alflb_megatron.lab.training.{name}") for name in ("build", "job"))
+    build, resolve = (importlib.import_module(f"alflb_megatron.lab.training.{name}") for name in ("build", "resolve"))
     alone()
     found = {}
     for recipe, preset in RECIPES.items():
         one = {"nproc": 1, "ep": 1, "dtype": "fp32", "optimizer": "adam"}
-        plan = job.resolve({"preset": preset, "rule": "adaptive", **one}, {}, {})
+        plan = resolve.resolve({"preset": preset, "rule": "adaptive", **one}, {}, {})
         with on_meta():
             model = build.gpt_model(plan, build.transformer_config(plan))
         steps = {name: getattr(plan.job, name) for name in ("global_batch_size", "steps", "warmup_steps", "min_lr")}

@@ -170,14 +170,14 @@ GIB = 20.5
 
 def one_step() -> dict[str, Any]:
     """One step of the 1B model on this rank, and what it changed."""
-    from alflb_megatron.lab.training.job import resolve
+    from alflb_megatron.lab.training.resolve import resolve
 
     one = {"nproc": 1, "ep": 1, "dtype": "fp32", "optimizer": "adam", "warmup_steps": 0, "steps": 2}
     batch = {"global_batch_size": BATCH, "micro_batch_size": 1}
     plan = resolve({"preset": "deepseek-moe-1b", "rule": "adaptive", **one, **batch}, {"seq_length": SEQ_LENGTH}, {})
     with ranks.model_parallel(**jobs.sizes(plan)):
         runner = jobs.Runner(plan)
-        weights = dict(runner.trainee.chunks[0].named_parameters())
+        weights = dict(runner.setup.chunks[0].named_parameters())
         before = {name: weight.detach().double().sum() for name, weight in weights.items()}
         runner.step(0)
         after = runner.forward_backward(0, forward_only=True)

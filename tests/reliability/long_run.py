@@ -44,20 +44,20 @@ def updates(count: int, plant: str = "") -> dict[str, Any]:
 
     with model_parallel():
         routers = {rule: [_router(rule, layer, plant == "drift") for layer in range(LAYERS)] for rule in RULES}
-        seats = [router for pair in routers.values() for router in pair]
-        weights = [router.weight.detach().clone() for router in seats]
-        balancer = Balancer(seats, range(1, len(seats) + 1), seats[0].tp_dp_cp_group)
+        routers = [router for pair in routers.values() for router in pair]
+        weights = [router.weight.detach().clone() for router in routers]
+        balancer = Balancer(routers, range(1, len(routers) + 1), routers[0].tp_dp_cp_group)
         generator = torch.Generator().manual_seed(dist.get_rank())
         pool_PTH = [torch.randn(16, 1, 32, generator=generator) + 0.5 for _ in range(POOL)]
         first, between = max(1, int(count * WARM_UP)), max(1, int(count * (1 - WARM_UP)) // SAMPLES)
         samples: list[dict[str, Any]] = []
         kept: list[Any] = []
-        drift = torch.zeros(len(seats), dtype=torch.float64)
+        drift = torch.zeros(len(routers), dtype=torch.float64)
         gc.collect()
         gc.freeze()  # what is there now is neither searched nor counted: a million objects of imported modules
         began = time.monotonic()
         for update in range(1, count + 1):
-            for router, weight in zip(seats, weights, strict=True):
+            for router, weight in zip(routers, weights, strict=True):
                 if update % 50 == 1:
                     router.weight.data.copy_(weight * (1 + math.sin(2 * math.pi * update / 5000)))
                 router(pool_PTH[update % POOL])
@@ -68,17 +68,17 @@ def updates(count: int, plant: str = "") -> dict[str, Any]:
             if plant == "records":
                 kept.append(record)
             if plant == "bit" and update == count // 2 and dist.get_rank() == 1:
-                bias = seats[-1].expert_bias
+                bias = routers[-1].expert_bias
                 bias[0] = torch.nextafter(bias[0], torch.tensor(math.inf))
             drift = torch.maximum(drift, torch.stack([b.double().mean().abs() for b in record.bias]))
             if update == count or (update >= first and (update - first) % between == 0):
-                samples.append({"update": update, **_memory(), "ranks_agree": _agree(seats)})
+                samples.append({"update": update, **_memory(), "ranks_agree": _agree(routers)})
         gc.unfreeze()
         return {
             "samples": samples,
             "drift": {rule: float(drift[i * LAYERS : (i + 1) * LAYERS].max()) for i, rule in enumerate(RULES)},
             "disagreements": balancer.disagreements,
-            "n": [int(router.alf_n) for router in seats],
+            "n": [int(router.alf_n) for router in routers],
             "spread": {
                 rule: float(pair[0].expert_bias.max() - pair[0].expert_bias.min()) for rule, pair in routers.items()
             },
@@ -116,15 +116,15 @@ def _memory() -> dict[str, int]:
     return {"resident": psutil.Process().memory_info().rss, "tensors": tensors}
 
 
-def _agree(seats: list[Any]) -> bool:
+def _agree(routers: list[Any]) -> bool:
     """Whether all ranks hold the same biases, numbers of updates and rule state, bit for bit."""
     import torch
     import torch.distributed as dist
 
     own = []
-    for seat in seats:
-        n, state = seat.read_state()
-        own += [seat.expert_bias, n, *(state[name] for name in sorted(state))]
+    for router in routers:
+        n, state = router.read_state()
+        own += [router.expert_bias, n, *(state[name] for name in sorted(state))]
     mine = torch.cat([part.detach().contiguous().reshape(-1).view(torch.uint8) for part in own])
     everywhere = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
     dist.all_gather(everywhere, mine)

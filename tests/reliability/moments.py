@@ -135,7 +135,7 @@ def arm(fault: Fault | None, note: Path) -> None:
 def _count_steps(trap: Trap, train: Any, checkpoint: Any) -> None:
     """Lets the trap know the step; what comes before the first counts as the step that the fault waits for."""
     trap.step = trap.fault.step if trap.fault.moment in ("open", "load") else 0
-    for owner, name, place in ((train._Session, "_step", 1), (checkpoint, "save", 2)):
+    for owner, name, place in ((train.TrainingRun, "_step", 1), (checkpoint, "save", 2)):
         plain = getattr(owner, name)
 
         @functools.wraps(plain)
@@ -155,7 +155,7 @@ def _place(trap: Trap, moment: str) -> None:
     from alflb_megatron.balancer import Balancer
     from alflb_megatron.lab.records import files, run_folder
     from alflb_megatron.lab.training import checkpoint, train
-    from alflb_megatron.loads import LoadSum
+    from alflb_megatron.loads import LoadAllReduce
     from alflb_megatron.router import ALFRouter
 
     def to_job_json(_: Any, target: Any) -> bool:
@@ -165,7 +165,7 @@ def _place(trap: Trap, moment: str) -> None:
         return source.suffix == checkpoint.PARTIAL
 
     if moment == "open":
-        trap.around(train._Session, "_run_folder")
+        trap.around(train.TrainingRun, "_run_folder")
     elif moment == "load":
         trap.around(dist_checkpointing, "load")
     elif moment == "forward":
@@ -173,12 +173,12 @@ def _place(trap: Trap, moment: str) -> None:
     elif moment == "launch":
         trap.around(Balancer, "launch")
     elif moment == "wait":
-        trap.around(LoadSum, "wait", before=True)
+        trap.around(LoadAllReduce, "wait", before=True)
     elif moment == "commit":
         trap.around(ALFRouter, "write_state")
         trap.around(Balancer, "commit", last=True)  # a stage with fewer layers than the call's number
     elif moment == "step":
-        trap.around(train._Session, "_step")
+        trap.around(train.TrainingRun, "_step")
     elif moment == "line":
         _half_a_line(trap, run_folder.RunFolder)
     elif moment == "folder":
@@ -198,7 +198,7 @@ def _place(trap: Trap, moment: str) -> None:
     elif moment == "renamed":
         trap.around(Path, "rename", when=of_checkpoint)
     elif moment == "validation":
-        trap.around(train._Session, "validate", before=True)
+        trap.around(train.TrainingRun, "validate", before=True)
     else:
         raise ValueError(f"no moment {moment!r}")
 

@@ -12,7 +12,7 @@ def in_place() -> None:
 
     from alflb_megatron.lab.training import checkpoint
 
-    def save(trainee: Any, plan: Any, step: int, folder: Path, fingerprint: str) -> Path:
+    def save(setup: Any, plan: Any, step: int, folder: Path, fingerprint: str) -> Path:
         final = folder / f"step_{step:08d}"
         if dist.get_rank() == 0:
             checkpoint._remove(final)
@@ -20,8 +20,8 @@ def in_place() -> None:
             values = {"step": step, "layout": checkpoint.layout_of(plan), "fingerprint": fingerprint}
             checkpoint.write_json(final / checkpoint.JOB, values)
         dist.barrier()
-        state = checkpoint._model_state(trainee)
-        state["optimizer"] = checkpoint._optimizer_state(trainee, state, is_loading=False)
+        state = checkpoint._model_state(setup)
+        state["optimizer"] = checkpoint._optimizer_state(setup, state, is_loading=False)
         state["random"] = checkpoint._random_state()
         checkpoint.dist_checkpointing.save(state, str(final))
         dist.barrier()
@@ -36,10 +36,10 @@ def bias_forgotten() -> None:
 
     plain = checkpoint.load
 
-    def load(trainee: Any, *args: Any, **kwargs: Any) -> None:
-        plain(trainee, *args, **kwargs)
-        for seat in trainee.balancer.seats:
-            seat.alf_n.zero_()
+    def load(setup: Any, *args: Any, **kwargs: Any) -> None:
+        plain(setup, *args, **kwargs)
+        for router in setup.balancer.routers:
+            router.alf_n.zero_()
 
     checkpoint.load = load
 
@@ -50,9 +50,9 @@ def momentum_forgotten() -> None:
 
     plain = checkpoint.load
 
-    def load(trainee: Any, *args: Any, **kwargs: Any) -> None:
-        plain(trainee, *args, **kwargs)
-        for optimizer in trainee.optimizer.chained_optimizers:
+    def load(setup: Any, *args: Any, **kwargs: Any) -> None:
+        plain(setup, *args, **kwargs)
+        for optimizer in setup.optimizer.chained_optimizers:
             for state in optimizer.optimizer.state.values():
                 state["exp_avg_sq"] *= 1 + 2**-20
 
@@ -63,12 +63,12 @@ def tokens() -> None:
     """A resumed run starts one sample later."""
     from alflb_megatron.lab.training import train
 
-    plain = train._Session._batches
+    plain = train.TrainingRun._batches
 
     def batches(self: Any, data: Any, step: int) -> Any:
         return plain(self, data, step + (1 if self.start else 0))
 
-    train._Session._batches = batches
+    train.TrainingRun._batches = batches
 
 
 DEFECTS = {

@@ -170,7 +170,7 @@ def _train(plan: Any, rank: int, folder: Path, fault: Fault | None, note: Path) 
     from alflb_megatron.lab.training import train
     from alflb_megatron.settings import SettingError
 
-    _log_tokens(train._Session, folder / f"tokens{rank}.jsonl")
+    _log_tokens(train.TrainingRun, folder / f"tokens{rank}.jsonl")
     arm(fault, note)
     for change in PLANTED:
         change()

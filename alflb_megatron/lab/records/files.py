@@ -29,7 +29,7 @@ def _finite(value: Any) -> Any:
     return value
 
 
-def dumps(value: Any, indent: int | None = None) -> str:
+def dump_json(value: Any, indent: int | None = None) -> str:
     try:
         return json.dumps(value, indent=indent, allow_nan=False)
     except ValueError:
@@ -38,7 +38,7 @@ def dumps(value: Any, indent: int | None = None) -> str:
 
 def write_json(path: Path, value: Any) -> None:
     """Writes `value` to `path`, all of it or nothing."""
-    write_whole(path, [(dumps(value, indent=2) + "\n").encode("utf-8")])
+    write_atomically(path, [(dump_json(value, indent=2) + "\n").encode("utf-8")])
 
 
 def regular(path: Path) -> None:
@@ -54,10 +54,10 @@ def read_json(path: Path) -> Any:
         text = file.read(LARGEST_JSON + 1)
     if len(text) > LARGEST_JSON:
         raise ValueError(f"more than {LARGEST_JSON} bytes")
-    return loads(text.decode("utf-8"))
+    return parse_json(text.decode("utf-8"))
 
 
-def loads(text: str) -> Any:
+def parse_json(text: str) -> Any:
     """Strict JSON; ValueError for all else: also for NaN, and for what is nested too deeply to be read."""
 
     def refuse(name: str) -> None:
@@ -69,7 +69,7 @@ def loads(text: str) -> Any:
         raise ValueError("nested too deeply") from None
 
 
-def write_whole(path: Path, pieces: Iterable[bytes]) -> None:
+def write_atomically(path: Path, pieces: Iterable[bytes]) -> None:
     """Writes a file, all of it or nothing: beside its place first, then onto the disk, then into its place."""
     part = path.with_name(f".{path.name}.part")
     with part.open("wb") as file:

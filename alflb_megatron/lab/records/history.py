@@ -18,7 +18,16 @@ from typing import Any
 import numpy as np
 
 from alflb_megatron.lab.records.metrics_file import HalfWrittenLine, read_metrics
-from alflb_megatron.lab.records.steps import Array, Layer, Step, clean, floor_of, mapping, nan, read_object
+from alflb_megatron.lab.records.step_record import (
+    Array,
+    LayerRecord,
+    StepRecord,
+    as_object,
+    clean_text,
+    nan,
+    read_object,
+    sampling_floor_of,
+)
 from alflb_megatron.settings import SettingError
 
 BINS = 200
@@ -27,7 +36,7 @@ KEPT_EVENTS = 200
 """Alarms and the like that are kept: the latest."""
 
 
-class Track:
+class LayerHistory:
     """Means over bins of steps of what one layer did: loads, bias [BINS, E], MaxVio, gain [BINS]."""
 
     def __init__(self, layer: int, experts: int) -> None:
@@ -37,7 +46,7 @@ class Track:
         }
         self._seen = {name: np.zeros((BINS, 1)) for name in self._sums}
 
-    def add(self, at: int, layer: Layer) -> None:
+    def add(self, at: int, layer: LayerRecord) -> None:
         for name, row in (("loads", layer.loads_E), ("bias", layer.bias_E), ("gain", np.array([layer.gain]))):
             if len(row) and np.isfinite(row).all():
                 self._sums[name][at] += row
@@ -94,10 +103,10 @@ class History:
     summary: dict[str, Any] = field(default_factory=dict)
     cut_off: str = ""
     """What was said of a half-written last line; empty where the file is whole."""
-    last: Step | None = None
-    tracked: bool = True
+    last: StepRecord | None = None
+    keep_layers: bool = True
     """Whether loads, biases and gains are kept at all."""
-    tracks: dict[tuple[int, int], Track] = field(default_factory=dict)
+    layer_histories: dict[tuple[int, int], LayerHistory] = field(default_factory=dict)
     """By layer and number of experts, in the order of appearance."""
     certificates: list[tuple[int, dict[str, Any]]] = field(default_factory=list)
     events: deque[Event] = field(default_factory=lambda: deque(maxlen=KEPT_EVENTS))
@@ -109,31 +118,31 @@ class History:
     _edges: list[int] = field(default_factory=list)
     _width: int = 1
 
-    def add(self, step: Step) -> None:
+    def add(self, step: StepRecord) -> None:
         """Takes in the next record."""
         records = len(self._series["step"])
         if records == BINS * self._width:
             self._width *= 2
             self._edges = self._edges[0::2]
-            for track in self.tracks.values():
-                track.halve()
+            for layer_history in self.layer_histories.values():
+                layer_history.halve()
         at = records // self._width
         if at == len(self._edges):
             self._edges.append(step.step)
         for name, values in self._series.items():
             values.append(getattr(step, name))
-        for layer in step.layers if self.tracked else []:
+        for layer in step.layers if self.keep_layers else []:
             if not len(layer.loads_E):
                 continue
             key = (layer.number, len(layer.loads_E))
-            if key not in self.tracks:
-                self.tracks[key] = Track(*key)
-            self.tracks[key].add(at, layer)
+            if key not in self.layer_histories:
+                self.layer_histories[key] = LayerHistory(*key)
+            self.layer_histories[key].add(at, layer)
         self.certificates += [(step.step, row) for row in step.certificates]
         self._note_events(step)
         self.last = step
 
-    def _note_events(self, step: Step) -> None:
+    def _note_events(self, step: StepRecord) -> None:
         going_on: dict[tuple[str, str], Event] = {}
         found = [("alarm", text) for text in dict.fromkeys(step.alarms)]
         if step.rejected:
@@ -186,7 +195,7 @@ class History:
         return None
 
     def settings(self) -> dict[str, Any]:
-        return mapping(self.config.get("settings"))
+        return as_object(self.config.get("settings"))
 
     @property
     def topk(self) -> int | None:
@@ -195,7 +204,7 @@ class History:
 
     def floor(self) -> float:
         """The sampling floor of MaxVio, of the last step's sizes; nan where they are not known."""
-        return floor_of(self.last, self.topk) if self.last else nan
+        return sampling_floor_of(self.last, self.topk) if self.last else nan
 
     def ended(self) -> bool:
         return bool(self.summary)
@@ -209,30 +218,32 @@ def read_history(path: Path, label: str, flag: str = "RUN") -> History:
     """
     try:
         if not path.is_dir():
-            raise SettingError(flag, clean(path), "must name the folder of a run (--out of alflb train)")
+            raise SettingError(flag, clean_text(path), "must name the folder of a run (--out of alflb train)")
         history = History(path, label, read_object(path / "config.json"), read_object(path / "summary.json"))
         with warnings.catch_warnings(record=True) as caught, np.errstate(all="ignore"):
             warnings.simplefilter("always", HalfWrittenLine)
             for record in read_metrics(path):
-                history.add(Step.of(record))
+                history.add(StepRecord.from_json(record))
     except FileNotFoundError:
-        raise SettingError(flag, clean(path), "holds no metrics.jsonl: no run has begun there") from None
+        raise SettingError(flag, clean_text(path), "holds no metrics.jsonl: no run has begun there") from None
     except OSError as error:
-        raise SettingError(flag, clean(path), f"cannot be read ({error.strerror})") from None
+        raise SettingError(flag, clean_text(path), f"cannot be read ({error.strerror})") from None
     except SettingError:
         raise
     except (ValueError, RecursionError) as error:
-        text = str(error) or type(error).__name__
-        raise SettingError(flag, clean(path), f"holds a file that cannot be read ({clean(text, 300)})") from None
+        reason = clean_text(str(error) or type(error).__name__, 300)
+        raise SettingError(flag, clean_text(path), f"holds a file that cannot be read ({reason})") from None
     history.cut_off = next((str(w.message) for w in caught if issubclass(w.category, HalfWrittenLine)), "")
     if history.last is None:
-        raise SettingError(flag, clean(path), "holds no whole record of a step yet")
+        raise SettingError(flag, clean_text(path), "holds no whole record of a step yet")
     return history
 
 
 def labels(paths: Sequence[Path]) -> list[str]:
     """A short name for each run: the last parts of its path, as many as tell all of them apart."""
-    parts = [[clean(os.fsencode(part).decode("utf-8", "replace")) for part in path.absolute().parts] for path in paths]
+    parts = [
+        [clean_text(os.fsencode(part).decode("utf-8", "replace")) for part in path.absolute().parts] for path in paths
+    ]
     for depth in range(1, max(map(len, parts), default=1) + 1):
         names = ["/".join(part[-depth:]) for part in parts]
         if len(set(names)) == len(names):

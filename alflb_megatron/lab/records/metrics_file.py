@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from alflb_megatron.lab.records.files import loads, regular
+from alflb_megatron.lab.records.files import parse_json, regular
 
 LONGEST_LINE = 2**26
 """Bytes of the longest line of a metrics.jsonl that is read."""
@@ -36,7 +36,7 @@ class HalfWrittenLine(UserWarning):
     """The last line of a metrics.jsonl is cut off: its run was killed, or is writing it now."""
 
 
-def require(record: Mapping[str, Any], keys: Sequence[str], what: str) -> None:
+def require_keys(record: Mapping[str, Any], keys: Sequence[str], what: str) -> None:
     missing = [key for key in keys if key not in record]
     if missing:
         raise ValueError(f"a {what} lacks {', '.join(missing)}")
@@ -50,7 +50,7 @@ def scan_lines(path: Path) -> Iterator[tuple[str, dict[str, Any] | None]]:
             if len(line) == LONGEST_LINE:
                 raise ValueError(f"{path}, line {number}: longer than {LONGEST_LINE} characters")
             try:
-                record = loads(line)
+                record = parse_json(line)
             except ValueError as error:
                 if not line.endswith("\n"):  # only the last line can lack its end
                     yield line, None

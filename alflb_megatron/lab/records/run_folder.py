@@ -19,8 +19,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from alflb_megatron.lab.records.files import dumps, read_json, write_json, write_whole
-from alflb_megatron.lab.records.metrics_file import STEP_KEYS, read_metrics, require, scan_lines
+from alflb_megatron.lab.records.files import dump_json, read_json, write_atomically, write_json
+from alflb_megatron.lab.records.metrics_file import STEP_KEYS, read_metrics, require_keys, scan_lines
 from alflb_megatron.lab.records.summary import SUMMARISED, SUMMARY_KEYS, require_numbers
 from alflb_megatron.lab.records.versions import git_revision, versions
 from alflb_megatron.settings import SettingError
@@ -28,7 +28,7 @@ from alflb_megatron.settings import SettingError
 CONFIG_KEYS = ("settings", "alflb", "versions", "git_revision", "parts", "parameters")
 
 
-def is_run(path: Path) -> bool:
+def is_run_folder(path: Path) -> bool:
     """Whether `path` is a folder that `RunFolder` made: it has a config.json with our keys."""
     try:
         config = read_json(path / "config.json")
@@ -55,7 +55,7 @@ def saved_settings(folder: str | os.PathLike[str], flag: str) -> dict[str, Any]:
         raise SettingError(flag, folder, f"holds a config.json that cannot be read ({error})") from None
 
 
-def _hold(path: Path) -> int:
+def _lock_folder(path: Path) -> int:
     """A file descriptor that holds the folder until it is closed; SettingError where another process has it."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
@@ -101,16 +101,16 @@ class RunFolder:
             ]
         except OSError as error:
             raise SettingError("--out", path, f"must be a folder that can be written ({error.strerror})") from None
-        self._held = _hold(self.path)
+        self._lock = _lock_folder(self.path)
         try:
             self._open(found, resume_step)
         except BaseException:
-            os.close(self._held)
+            os.close(self._lock)
             raise
 
     def _open(self, found: Sequence[Path], resume_step: int | None) -> None:
         path = self.path
-        if found and not is_run(self.path):
+        if found and not is_run_folder(self.path):
             raise SettingError("--out", path, "must be a new folder, an empty one or that of an earlier run")
         if resume_step is None and has_checkpoint(self.path):
             raise SettingError("--out", path, "holds a run with checkpoints; give --resume to go on, or another folder")
@@ -137,12 +137,12 @@ class RunFolder:
                 if record is not None and record["step"] <= self.last_step:
                     if record["step"] <= kept:
                         raise ValueError(f"step {record['step']} after step {kept} in {self.metrics.name}")
-                    require(record, STEP_KEYS, f"record of step {record['step']}")
+                    require_keys(record, STEP_KEYS, f"record of step {record['step']}")
                     require_numbers([record], *SUMMARISED)
                     kept = record["step"]
                     yield line
 
-        write_whole(self.metrics, (line.encode("utf-8") for line in lines()))
+        write_atomically(self.metrics, (line.encode("utf-8") for line in lines()))
         if 0 < kept < self.last_step:
             text = f"{self.metrics} ends at step {kept}, the run goes on after step {self.last_step}"
             warnings.warn(text, UserWarning, stacklevel=3)
@@ -168,12 +168,12 @@ class RunFolder:
 
     def append(self, record: Mapping[str, Any]) -> None:
         """Adds the record of one step. ValueError if a key of `STEP_KEYS` is missing or the step is not a later one."""
-        require(record, STEP_KEYS, "record of a step")
+        require_keys(record, STEP_KEYS, "record of a step")
         if record["step"] <= self.last_step:
             raise ValueError(f"step {record['step']} after step {self.last_step}")
         if len(record["loads"]) != len(record["layers"]):
             raise ValueError(f"{len(record['loads'])} rows of loads for {len(record['layers'])} layers")
-        self._file.write(dumps(record) + "\n")
+        self._file.write(dump_json(record) + "\n")
         self._file.flush()
         self.last_step = record["step"]
 
@@ -184,13 +184,13 @@ class RunFolder:
 
     def write_summary(self, summary: Mapping[str, Any]) -> None:
         """Writes summary.json; ValueError if a key of `SUMMARY_KEYS` is missing."""
-        require(summary, SUMMARY_KEYS, "summary")
+        require_keys(summary, SUMMARY_KEYS, "summary")
         write_json(self.summary, summary)
 
     def close(self) -> None:
         if not self._file.closed:
             self._file.close()
-            os.close(self._held)
+            os.close(self._lock)
 
     def __enter__(self) -> RunFolder:
         return self

@@ -1,4 +1,4 @@
-"""What goes through a recording step by step: a rule (`Player`), and the best that could have been (`Hindsight`).
+"""What is replayed over a recording: a rule (`ReplayedRule`), and the best that could have been (`HindsightBias`).
 
 Shapes: L layers, T tokens, E experts, K experts a token, B = margins.BINS.
 """
@@ -13,14 +13,14 @@ import torch
 from torch import Tensor
 
 from alflb_megatron import margins, metrics
-from alflb_megatron.lab.replay.scores import Gating
+from alflb_megatron.lab.replay.recording import Gating
 from alflb_megatron.lab.theory.descent import descend
 from alflb_megatron.margins import BINS, Threshold
 from alflb_megatron.routing import group_limited_topk
-from alflb_megatron.rules import Rule, Stats, kept
+from alflb_megatron.rules import Rule, Stats, keep_where
 
 
-class Chosen(NamedTuple):
+class ChosenExperts(NamedTuple):
     """What a router chose, and what it found on the way."""
 
     experts_TK: Tensor  # int64 [T, K]
@@ -45,14 +45,14 @@ class Chosen(NamedTuple):
         return margins.of_groups(self.ranked_TE, map_TE, topk, groups, group_topk, threshold)
 
 
-def choose(ranked_TE: Tensor, gating: Gating, with_margins: bool = False) -> Chosen:
+def choose_experts(ranked_TE: Tensor, gating: Gating, with_margins: bool = False) -> ChosenExperts:
     """The experts of the largest s + p, found as `routing.select` finds them, so that ties break alike."""
     topk = topk_of(gating)
     if gating.group_topk:
         experts_TK = group_limited_topk(ranked_TE, topk, gating.num_groups, gating.group_topk)[1]
-        return Chosen(experts_TK, ranked_TE, None, (gating.num_groups or 0, gating.group_topk))
+        return ChosenExperts(experts_TK, ranked_TE, None, (gating.num_groups or 0, gating.group_topk))
     top_TJ, experts_TJ = ranked_TE.topk(min(topk + with_margins, ranked_TE.shape[1]), dim=1)
-    return Chosen(experts_TJ[:, :topk], ranked_TE, top_TJ if with_margins else None)
+    return ChosenExperts(experts_TJ[:, :topk], ranked_TE, top_TJ if with_margins else None)
 
 
 def topk_of(gating: Gating) -> int:
@@ -61,8 +61,8 @@ def topk_of(gating: Gating) -> int:
     return gating.topk
 
 
-class Contestant(Protocol):
-    """What a replay plays: it routes a step as it would have been routed then, and only afterwards learns from it."""
+class ReplayedRouter(Protocol):
+    """What can be replayed: it routes a step as it would have been routed then, and only afterwards learns from it."""
 
     seconds: list[float]  # one layer's share of each update
 
@@ -71,7 +71,7 @@ class Contestant(Protocol):
         ...
 
 
-class Player:
+class ReplayedRule:
     """One rule on its way through a recording of L layers with E experts.
 
     `bias_LE` is what the next step is routed with. Updates are those of `balancer.Balancer`; one that is not finite is
@@ -93,7 +93,7 @@ class Player:
         histogram_LEB = None if threshold is None else torch.zeros(layers, experts, BINS, dtype=torch.int32)
         loads, affinity, seconds = [], [], 0.0
         for layer, scores_TE in enumerate(scores_LTE):
-            chosen = choose(scores_TE + self.bias_LE[layer], self.gating, threshold is not None)
+            chosen = choose_experts(scores_TE + self.bias_LE[layer], self.gating, threshold is not None)
             loads.append(chosen.loads())
             affinity.append(chosen.affinity(scores_TE))
             if threshold is not None and histogram_LEB is not None:
@@ -112,11 +112,11 @@ class Player:
             moved_LE = moved_LE - moved_LE.mean(dim=-1, keepdim=True)
         sound_L1 = moved_LE.isfinite().all(dim=-1, keepdim=True)
         self.bias_LE = torch.where(sound_L1, moved_LE, self.bias_LE)
-        self.state = {name: kept(sound_L1, rows, self.state[name]) for name, rows in state.items()}
+        self.state = {name: keep_where(sound_L1, rows, self.state[name]) for name, rows in state.items()}
         self.n_L = self.n_L + sound_L1.squeeze(-1)
 
 
-class Hindsight:
+class HindsightBias:
     """The bias that balances each very batch: the dual of the assignment problem, solved on the batch itself.
 
     From the last batch's solution on, every expert's bias is moved to where it alone would carry the mean load: the
@@ -139,15 +139,15 @@ class Hindsight:
             affinity.append(chosen.affinity(scores_TE))
         return torch.stack(loads), affinity
 
-    def _solve(self, scores_TE: Tensor, bias_E: Tensor) -> tuple[Chosen, Tensor]:
+    def _solve(self, scores_TE: Tensor, bias_E: Tensor) -> tuple[ChosenExperts, Tensor]:
         mean = scores_TE.shape[0] * topk_of(self.gating) / scores_TE.shape[1]
 
-        def look(bias_E: Tensor) -> tuple[float, Chosen]:
-            chosen = choose(scores_TE + bias_E, self.gating, with_margins=True)
+        def balance_under(bias_E: Tensor) -> tuple[float, ChosenExperts]:
+            chosen = choose_experts(scores_TE + bias_E, self.gating, with_margins=True)
             return float(metrics.max_vio(chosen.loads())), chosen
 
         best = descend(
-            look,
+            balance_under,
             move=lambda chosen: margins.exact_move(chosen.margins(Threshold.OWN), mean),
             bias_E=bias_E,
             enough=math.ceil(mean) / mean - 1,  # loads are whole tokens

@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from alflb_megatron.lab.display.plots import COLOURS, dress, figure_class, logarithmic, smooth
+from alflb_megatron.lab.display.plot_style import COLOURS, figure_class, log_y_axis, style_axes, trailing_mean
 from alflb_megatron.lab.records.history import History
-from alflb_megatron.lab.records.steps import Array, clean, number
+from alflb_megatron.lab.records.step_record import Array, as_number, clean_text
 from alflb_megatron.lab.records.summary import maxvio_text
 
 if TYPE_CHECKING:
@@ -42,7 +42,7 @@ def styles(runs: Sequence[History]) -> list[dict[str, Any]]:
 
 def label(text: str, length: int = 34) -> str:
     """`text` from a file as matplotlib shows it: no mathematics, and no underscore in front, which hides it."""
-    shown = clean(text, length).replace("$", r"\$")
+    shown = clean_text(text, length).replace("$", r"\$")
     return f" {shown}" if shown.startswith("_") else shown
 
 
@@ -81,7 +81,7 @@ def window_of(runs: Iterable[History]) -> int:
 def _smooth(values: Array, window: int) -> Array:
     """The trailing mean over what is finite in the window; nan where nothing is."""
     finite = np.isfinite(values)
-    sums, share = smooth(np.where(finite, values, 0.0), window), smooth(finite.astype(np.float64), window)
+    sums, share = trailing_mean(np.where(finite, values, 0.0), window), trailing_mean(finite.astype(np.float64), window)
     means: Array = np.where(share > 0.5 / window, sums / np.maximum(share, 1e-12), np.nan)
     return np.where(finite, means, np.nan)  # a gap stays a gap
 
@@ -116,7 +116,7 @@ def loss(runs: Sequence[History]) -> Figure | None:
     axes, window = figure.add_subplot(), window_of(runs)
     if not _thin_and_thick(axes, runs, "loss", window, lambda values: values):
         return None
-    dress(axes)
+    style_axes(axes)
     _step_axis(axes, runs)
     axes.set(xlabel="training step" + _window_text(window), ylabel="loss, nats a token")
     if len(runs) > 1:
@@ -140,7 +140,7 @@ def loss_difference(runs: Sequence[History]) -> Figure | None:
     if not drawn:
         return None
     axes.axhline(0.0, color=COLOURS[0], linewidth=1.0)
-    dress(axes)
+    style_axes(axes)
     _step_axis(axes, drawn)
     axes.set(xlabel="training step" + _window_text(window), ylabel=f"loss - loss of {label(first.label, 20)}")
     _legend(axes)
@@ -159,7 +159,7 @@ def maxvio(runs: Sequence[History]) -> Figure | None:
         return None
     if len(runs) == 1:
         worst = _positive(runs[0].series("maxvio_max"))
-        if len(runs[0].tracks) > 1 and np.isfinite(worst).any():
+        if len(runs[0].layer_histories) > 1 and np.isfinite(worst).any():
             worst = _smooth(np.where(np.isfinite(worst), worst, np.nan), window)
             marker = "o" if np.isfinite(worst).sum() < 3 else None
             axes.plot(
@@ -169,9 +169,9 @@ def maxvio(runs: Sequence[History]) -> Figure | None:
     for at, floor in enumerate(floors):
         name = "sampling floor" if at == 0 else None
         axes.axhline(floor, color="black", linestyle=(0, (5, 3)), linewidth=1.0, label=name)
-    dress(axes)
+    style_axes(axes)
     _step_axis(axes, runs)
-    logarithmic(axes)
+    log_y_axis(axes)
     _name_floors(axes, floors)
     axes.set_xlabel("training step" + _window_text(window))
     axes.set_ylabel("MaxVio, mean over the layers\n(largest load - mean) / mean")
@@ -203,7 +203,7 @@ def _name_floors(axes: Axes, floors: Sequence[float]) -> None:
 
 def spread(runs: Sequence[History]) -> Figure | None:
     """max - min of the expert bias, of the layer where it is largest, a line a run; None where no run has a bias."""
-    with_bias = [run for run in runs if any(track.has("bias") for track in run.tracks.values())]
+    with_bias = [run for run in runs if any(layer.has("bias") for layer in run.layer_histories.values())]
     if not with_bias:
         return None
     figure = canvas(3.2)
@@ -214,7 +214,7 @@ def spread(runs: Sequence[History]) -> Figure | None:
             marker = "o" if len(values) == 1 else None
             shown = np.where(np.isfinite(values), values, np.nan)
             axes.plot(run.series("step"), shown, linewidth=1.6, label=label(run.label), marker=marker, **look)
-    dress(axes)
+    style_axes(axes)
     _step_axis(axes, with_bias)
     axes.set(xlabel="training step", ylabel="spread of the bias (max - min),\nlargest layer")
     if len(runs) > 1:
@@ -224,7 +224,7 @@ def spread(runs: Sequence[History]) -> Figure | None:
 
 def gain(runs: Sequence[History]) -> Figure | None:
     """The rule's gain over the steps: a thin line a layer, a thick one for their mean; None where none is recorded."""
-    with_gain = [run for run in runs if any(track.has("gain") for track in run.tracks.values())]
+    with_gain = [run for run in runs if any(layer.has("gain") for layer in run.layer_histories.values())]
     if not with_gain:
         return None
     figure = canvas(3.2)
@@ -233,14 +233,16 @@ def gain(runs: Sequence[History]) -> Figure | None:
         if run not in with_gain:
             continue
         middle = run.middles()
-        rows = np.array([track.mean("gain", run.bins)[:, 0] for track in run.tracks.values() if track.has("gain")])
+        rows = np.array(
+            [layer.mean("gain", run.bins)[:, 0] for layer in run.layer_histories.values() if layer.has("gain")]
+        )
         marker = "o" if run.bins == 1 else None
         for row in rows if len(rows) > 1 else []:
             axes.plot(middle, row, color=look["color"], alpha=0.35, linewidth=0.7)
         count = np.isfinite(rows).sum(axis=0)
         mean = np.where(count > 0, np.nansum(rows, axis=0) / np.maximum(count, 1), np.nan)
         axes.plot(middle, mean, linewidth=1.8, label=label(run.label), marker=marker, **look)
-    dress(axes)
+    style_axes(axes)
     _step_axis(axes, with_gain)
     axes.set_xlabel("training step   (thin: each layer; thick: their mean)")
     axes.set_ylabel("gain of the rule")
@@ -265,7 +267,7 @@ def certificates(runs: Sequence[History]) -> Figure | None:
     for axes, (key, text) in zip(figure.subplots(1, len(CERTIFIED)), CERTIFIED, strict=True):
         for run, look in zip(runs, styles(runs), strict=True):
             steps = np.array([step for step, _ in run.certificates], dtype=np.float64)
-            values = np.array([number(row.get(key)) for _, row in run.certificates], dtype=np.float64)
+            values = np.array([as_number(row.get(key)) for _, row in run.certificates], dtype=np.float64)
             fit = np.isfinite(values) & (values > 0)
             if not fit.any():
                 continue
@@ -274,10 +276,10 @@ def certificates(runs: Sequence[History]) -> Figure | None:
             at = np.unique(steps[fit])
             medians = [float(np.median(values[fit & (steps == step)])) for step in at]
             axes.plot(at, medians, linewidth=1.6, label=label(run.label, 20), **look)
-        dress(axes)
+        style_axes(axes)
         _step_axis(axes, certified)
         axes.xaxis.get_major_locator().set_params(nbins=4)
-        logarithmic(axes)
+        log_y_axis(axes)
         axes.tick_params(labelsize=8)
         axes.set_ylabel(text, fontsize=9)
     if not found:

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from alflb_megatron.lab.display.plots import dress
-from alflb_megatron.lab.records.history import History, Track
+from alflb_megatron.lab.display.plot_style import style_axes
+from alflb_megatron.lab.records.history import History, LayerHistory
 from alflb_megatron.lab.report.figures import canvas, steps_text
 
 if TYPE_CHECKING:
@@ -21,40 +21,40 @@ PANELS = 64
 MISSING = "#DDDDDD"
 
 
-def _grid(tracks: Sequence[Track]) -> tuple[int, int]:
-    """Rows and columns of a picture with a panel for each track."""
-    columns = 1 if len(tracks) <= 3 else 2 if len(tracks) <= 16 else 3 if len(tracks) <= 36 else 4
-    return math.ceil(len(tracks) / columns), columns
+def _grid(layers: Sequence[LayerHistory]) -> tuple[int, int]:
+    """Rows and columns of a picture with a panel for each layer."""
+    columns = 1 if len(layers) <= 3 else 2 if len(layers) <= 16 else 3 if len(layers) <= 36 else 4
+    return math.ceil(len(layers) / columns), columns
 
 
-def shown_tracks(run: History) -> list[Track]:
+def shown_layers(run: History) -> list[LayerHistory]:
     """The layers that have a panel: all of them, or `PANELS` evenly spaced ones, by number."""
-    tracks = sorted(run.tracks.values(), key=lambda track: (track.layer, track.experts))
-    if len(tracks) <= PANELS:
-        return tracks
-    return [tracks[round(at)] for at in np.linspace(0, len(tracks) - 1, PANELS)]
+    layers = sorted(run.layer_histories.values(), key=lambda layer: (layer.layer, layer.experts))
+    if len(layers) <= PANELS:
+        return layers
+    return [layers[round(at)] for at in np.linspace(0, len(layers) - 1, PANELS)]
 
 
-def _panels(run: History, tracks: Sequence[Track]) -> tuple[Figure, list[Axes]]:
-    rows, columns = _grid(tracks)
-    height = 2.6 if len(tracks) == 1 else {1: 1.5, 2: 1.5, 3: 1.35, 4: 1.15}[columns]
+def _panels(run: History, layers: Sequence[LayerHistory]) -> tuple[Figure, list[Axes]]:
+    rows, columns = _grid(layers)
+    height = 2.6 if len(layers) == 1 else {1: 1.5, 2: 1.5, 3: 1.35, 4: 1.15}[columns]
     figure = canvas(0.75 + rows * height)
     every = figure.subplots(rows, columns, squeeze=False, sharex=True)
-    axes = list(every.flat)[: len(tracks)]
-    for unused in list(every.flat)[len(tracks) :]:
+    axes = list(every.flat)[: len(layers)]
+    for unused in list(every.flat)[len(layers) :]:
         unused.remove()
-    for at, (one, track) in enumerate(zip(axes, tracks, strict=True)):
-        one.set_title(f"layer {track.layer}", fontsize=9, pad=3)
+    for at, (one, layer) in enumerate(zip(axes, layers, strict=True)):
+        one.set_title(f"layer {layer.layer}", fontsize=9, pad=3)
         one.tick_params(labelsize=8)
         # The lowest panel of a column has the ticks, wherever it ends.
-        one.tick_params(labelbottom=at + columns >= len(tracks))
+        one.tick_params(labelbottom=at + columns >= len(layers))
     figure.supxlabel("training step", fontsize=9)
     return figure, axes
 
 
 def loads_limit(runs: Sequence[History]) -> float:
     """Where the colours of the loads end, one for all runs so that they can be compared: 1.25 to 4 times the mean."""
-    parts = [track.relative_loads(run.bins).ravel() for run in runs for track in shown_tracks(run)]
+    parts = [layer.relative_loads(run.bins).ravel() for run in runs for layer in shown_layers(run)]
     values = np.concatenate(parts) if parts else np.array([])
     values = values[np.isfinite(values)]
     largest = float(np.quantile(values, 0.99)) if len(values) else 1.0
@@ -67,17 +67,17 @@ def loads(run: History, limit: float) -> Figure | None:
     from matplotlib.colors import LogNorm
     from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
 
-    tracks = [track for track in shown_tracks(run) if np.isfinite(track.relative_loads(run.bins)).any()]
-    if not tracks:
+    layers = [layer for layer in shown_layers(run) if np.isfinite(layer.relative_loads(run.bins)).any()]
+    if not layers:
         return None
-    figure, axes = _panels(run, tracks)
+    figure, axes = _panels(run, layers)
     colours = colormaps["PuOr_r"].with_extremes(bad=MISSING)
     norm = LogNorm(1 / limit, limit)  # twice and half the mean are equally far from the centre
     image: Any = None
-    for one, track in zip(axes, tracks, strict=True):
-        relative = track.relative_loads(run.bins)
+    for one, layer in zip(axes, layers, strict=True):
+        relative = layer.relative_loads(run.bins)
         shown = np.ma.masked_invalid(np.where(relative > 0, relative, np.where(relative <= 0, 1e-9, np.nan)))
-        image = one.pcolormesh(run.edges(), np.arange(track.experts + 1) - 0.5, shown.T, norm=norm, cmap=colours)
+        image = one.pcolormesh(run.edges(), np.arange(layer.experts + 1) - 0.5, shown.T, norm=norm, cmap=colours)
         one.invert_yaxis()
         one.yaxis.set_major_locator(MaxNLocator(nbins=4, integer=True, min_n_ticks=1))
         _bin_axis(one, run)
@@ -107,22 +107,22 @@ def bias(run: History) -> Figure | None:
     from matplotlib.collections import LineCollection
     from matplotlib.ticker import MaxNLocator
 
-    tracks = shown_tracks(run)
-    if not any(track.has("bias") for track in tracks):
+    layers = shown_layers(run)
+    if not any(layer.has("bias") for layer in layers):
         return None
-    figure, axes = _panels(run, tracks)
+    figure, axes = _panels(run, layers)
     middle = run.middles()
-    for one, track in zip(axes, tracks, strict=True):
-        means = track.mean("bias", run.bins)
+    for one, layer in zip(axes, layers, strict=True):
+        means = layer.mean("bias", run.bins)
         seen = np.flatnonzero(np.isfinite(means).all(axis=1))
-        order = np.argsort(np.argsort(means[seen[-1]])) if len(seen) else np.arange(track.experts)
-        colours = colormaps["viridis"](0.95 * order / max(1, track.experts - 1))
+        order = np.argsort(np.argsort(means[seen[-1]])) if len(seen) else np.arange(layer.experts)
+        colours = colormaps["viridis"](0.95 * order / max(1, layer.experts - 1))
         if len(seen) == 1:  # a line of one point is invisible
-            one.scatter(np.full(track.experts, middle[seen[0]]), means[seen[0]], c=colours, s=12, linewidths=0)
+            one.scatter(np.full(layer.experts, middle[seen[0]]), means[seen[0]], c=colours, s=12, linewidths=0)
         lines = [np.column_stack([middle, row]) for row in means.T]
-        one.add_collection(LineCollection(lines, colors=colours, linewidths=0.9 if track.experts <= 64 else 0.5))
+        one.add_collection(LineCollection(lines, colors=colours, linewidths=0.9 if layer.experts <= 64 else 0.5))
         one.autoscale_view()
-        dress(one)
+        style_axes(one)
         _bin_axis(one, run)
         one.yaxis.set_major_locator(MaxNLocator(nbins=4))
         one.yaxis.set_major_formatter(lambda value, _: f"{value:g}")

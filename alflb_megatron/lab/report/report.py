@@ -7,7 +7,6 @@ the place of an older one at once.
 
 from __future__ import annotations
 
-import argparse
 import os
 import tempfile
 import time
@@ -18,9 +17,10 @@ from typing import Any
 import numpy as np
 
 from alflb_megatron import __version__
-from alflb_megatron.lab.display.plots import DATA_NAMES, save
+from alflb_megatron.lab.display.plot_style import save_png
+from alflb_megatron.lab.display.text import DATA_NAMES
 from alflb_megatron.lab.records.history import History, labels, read_history
-from alflb_megatron.lab.records.steps import clean
+from alflb_megatron.lab.records.step_record import clean_text
 from alflb_megatron.lab.report import figures, panels, tables
 from alflb_megatron.lab.report.page import Picture, page
 from alflb_megatron.settings import SettingError
@@ -38,17 +38,19 @@ def report(runs: Sequence[str | os.PathLike[str]], out: str | os.PathLike[str] =
     if not 1 <= len(paths) <= figures.MOST_RUNS:
         raise SettingError("RUN", len(paths), f"a page shows 1 to {figures.MOST_RUNS} runs")
     if len({path.resolve() for path in paths}) < len(paths):
-        raise SettingError("RUN", " ".join(clean(path) for path in paths), "must name each run once")
+        raise SettingError("RUN", " ".join(clean_text(path) for path in paths), "must name each run once")
     histories = [read_history(path, label) for path, label in zip(paths, labels(paths), strict=True)]
     folder = Path(out) if os.fspath(out) else paths[0] if len(paths) == 1 else Path("report")
     if folder.exists() and not folder.is_dir():
-        raise SettingError("--out", clean(folder), "must be a folder, and this is a file")
+        raise SettingError("--out", clean_text(folder), "must be a folder, and this is a file")
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=".report-", dir=folder) as beside:
             return _write(histories, folder, Path(beside), png)
     except OSError as error:
-        raise SettingError("--out", clean(folder), f"must be a folder that can be written ({error.strerror})") from None
+        raise SettingError(
+            "--out", clean_text(folder), f"must be a folder that can be written ({error.strerror})"
+        ) from None
 
 
 def _write(histories: Sequence[History], folder: Path, beside: Path, png: bool) -> list[Path]:
@@ -75,7 +77,7 @@ def draw(histories: Sequence[History], folder: Path) -> list[tuple[str, list[Pic
     def made(name: str, title: str, caption: str, figure: Any) -> list[Picture]:
         if figure is None:
             return []
-        return [Picture(name, title, caption, save(figure, folder / f"{name}.png"))]
+        return [Picture(name, title, caption, save_png(figure, folder / f"{name}.png"))]
 
     limit = panels.loads_limit(histories)
     with np.errstate(all="ignore"):
@@ -143,12 +145,12 @@ def draw(histories: Sequence[History], folder: Path) -> list[tuple[str, list[Pic
 
 
 def _binned(run: History) -> str:
-    left_out = len(run.tracks) - len(panels.shown_tracks(run))
+    left_out = len(run.layer_histories) - len(panels.shown_layers(run))
     texts = []
     if run.width > 1:
         texts.append(f" Means of {run.width} steps.")
     if left_out:
-        texts.append(f" {left_out} of {len(run.tracks)} layers are left out, evenly.")
+        texts.append(f" {left_out} of {len(run.layer_histories)} layers are left out, evenly.")
     return "".join(texts)
 
 
@@ -170,7 +172,9 @@ def _warnings(histories: Sequence[History]) -> list[str]:
 
 def _text(histories: Sequence[History], sections: Sequence[tuple[str, Sequence[Picture]]]) -> str:
     data = dict.fromkeys(str(run.setting("data") or "") for run in histories)
-    texts = [clean(DATA_NAMES.get(name, os.path.basename(name.rstrip(os.sep)) or name), 120) for name in data if name]
+    texts = [
+        clean_text(DATA_NAMES.get(name, os.path.basename(name.rstrip(os.sep)) or name), 120) for name in data if name
+    ]
     model = tables.same_model(histories)
     subtitle = [model] if model else []
     subtitle += [f"trained on {' and '.join(texts)}"] if texts else []
@@ -181,22 +185,3 @@ def _text(histories: Sequence[History], sections: Sequence[tuple[str, Sequence[P
     before = [tables.overview(histories), *filter(None, [tables.differences(histories)])]
     after = [tables.events(histories), *filter(None, [tables.certificate_table(histories), tables.versions(histories)])]
     return page(title, ", ".join(subtitle), _warnings(histories), before, sections, after)
-
-
-# -- command line ---------------------------------------------------------------------------------------------------
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the arguments of `alflb report` to `parser`."""
-    parser.add_argument("runs", nargs="+", metavar="RUN", help="a run folder of alflb train; it may still be going on")
-    parser.add_argument(
-        "--out", default="", metavar="DIR", help="folder of the page (default: the run's; of several runs: report)"
-    )
-    parser.add_argument("--png", action="store_true", help="write the pictures alone, one PNG file each")
-
-
-def run(flags: argparse.Namespace, arguments: Sequence[str] = ()) -> int:
-    """`report` with parsed flags; prints what it wrote and returns 0. SettingError for what cannot work."""
-    for file in report(flags.runs, flags.out, flags.png):
-        print(file)
-    return 0

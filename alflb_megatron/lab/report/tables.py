@@ -9,9 +9,9 @@ from typing import Any
 
 import numpy as np
 
-from alflb_megatron.lab.display.plots import short_count
+from alflb_megatron.lab.display.text import short_count
 from alflb_megatron.lab.records.history import KEPT_EVENTS, History
-from alflb_megatron.lab.records.steps import clean, mapping, number
+from alflb_megatron.lab.records.step_record import as_number, as_object, clean_text
 from alflb_megatron.lab.records.summary import maxvio_text
 from alflb_megatron.lab.report.figures import styles
 from alflb_megatron.lab.report.page import Table
@@ -46,11 +46,11 @@ def model_text(run: History) -> str:
         parts.append(f"{len(run.last.layers)} MoE layers")
         of = f"{' or '.join(map(str, experts))} experts"
         parts.append(f"top-{run.topk} of {of}" if run.topk else of)
-    parameters = mapping(run.config.get("parameters"))
-    total, active = number(parameters.get("total")), number(parameters.get("active"))
+    parameters = as_object(run.config.get("parameters"))
+    total, active = as_number(parameters.get("total")), as_number(parameters.get("active"))
     if total > 0:
         parts.append(short_count(total) + (f" ({short_count(active)} active)" if active > 0 else "") + " parameters")
-    return clean(", ".join(parts)) or "-"
+    return clean_text(", ".join(parts)) or "-"
 
 
 def same_model(histories: Sequence[History]) -> str | None:
@@ -61,15 +61,15 @@ def same_model(histories: Sequence[History]) -> str | None:
 
 def rule_text(run: History) -> str:
     """The rule with the options it was given."""
-    rule = run.summary.get("rule") or run.setting("rule") or mapping(run.config.get("alflb")).get("rule") or "-"
-    options = mapping(run.config.get("alflb")).get("rule_options")
-    return clean(f"{rule} ({options})" if options else rule, 80)
+    rule = run.summary.get("rule") or run.setting("rule") or as_object(run.config.get("alflb")).get("rule") or "-"
+    options = as_object(run.config.get("alflb")).get("rule_options")
+    return clean_text(f"{rule} ({options})" if options else rule, 80)
 
 
 def state_text(run: History) -> str:
     """The last step, out of how many, and whether the run has ended."""
     assert run.last is not None
-    total = number(run.setting("steps"))
+    total = as_number(run.setting("steps"))
     steps = f"{run.last.step:,}" + (f" of {total:,.0f}" if total > run.last.step else "")
     return steps if run.ended() else f"{steps}, not ended"
 
@@ -95,9 +95,9 @@ def overview(histories: Sequence[History]) -> Table:
             *([model_text(run)] if models else []),
             state_text(run),
             "not finite" if run.last.diverged else _figure_text(run.last.loss),
-            _figure_text(number(run.summary.get("validation_loss"))),
+            _figure_text(as_number(run.summary.get("validation_loss"))),
             _vio(maxvio_end(run)),
-            _vio(number(run.summary.get("maxvio_global_mean"))),
+            _vio(as_number(run.summary.get("maxvio_global_mean"))),
             _vio(run.floor()),
             f"{run.last.bias_spread:.3g}" if run.last.bias_spread > 0 else "-",
             f"{np.median(seconds):.3g}" if len(seconds) else "-",
@@ -126,9 +126,9 @@ def flat(settings: Mapping[str, Any]) -> dict[str, str]:
     found: dict[str, str] = {}
     for name, value in settings.items():
         if isinstance(value, Mapping):
-            found |= {f"{clean(name, 80)}.{inner}": text for inner, text in flat(value).items()}
+            found |= {f"{clean_text(name, 80)}.{inner}": text for inner, text in flat(value).items()}
         else:
-            found[clean(name, 80)] = clean(value if isinstance(value, str) else json.dumps(value), 200)
+            found[clean_text(name, 80)] = clean_text(value if isinstance(value, str) else json.dumps(value), 200)
     return found
 
 
@@ -158,7 +158,7 @@ def versions(histories: Sequence[History]) -> Table | None:
         revision = run.config.get("git_revision")
         every.append(
             {name.lstrip(".").removeprefix("parts."): text for name, text in found.items()}
-            | ({"git revision": clean(revision, 60)} if revision else {})
+            | ({"git revision": clean_text(revision, 60)} if revision else {})
         )
     rows = []
     for name in dict.fromkeys(name for found in every for name in found):
@@ -192,9 +192,9 @@ def certificate_table(histories: Sequence[History]) -> Table | None:
     for run in histories:
         last: dict[str, tuple[int, dict[str, Any]]] = {}
         for step, row in run.certificates:
-            last[clean(row.get("layer"), 20)] = (step, row)
+            last[clean_text(row.get("layer"), 20)] = (step, row)
         for layer, (step, found) in last.items():
-            cells = [number(found.get(key)) for key in ("maxvio", "gap", "modulus", "harmonic_step", "largest_step")]
+            cells = [as_number(found.get(key)) for key in ("maxvio", "gap", "modulus", "harmonic_step", "largest_step")]
             texts = [f"{value:.3g}" if math.isfinite(value) else "-" for value in cells]
             rows.append([*([run.label] if several else []), layer, f"{step:,}", *texts])
     head = [

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from alflb_megatron.config import parse_options
-from alflb_megatron.lab.records.files import write_whole
+from alflb_megatron.lab.records.files import write_atomically
 from alflb_megatron.lab.sweep import collect, execute, figures, plan, tables
 from alflb_megatron.settings import SettingError
 
@@ -113,7 +113,7 @@ def _elsewhere(sweep: plan.Sweep, out: Path, kind: str, flags: argparse.Namespac
 
 
 def _finish(sweep: plan.Sweep, out: Path) -> None:
-    write_whole(out / "results.csv", [collect.as_csv(collect.collect(sweep, out)).encode("utf-8")])
+    write_atomically(out / "results.csv", [collect.as_csv(collect.collect(sweep, out)).encode("utf-8")])
     write(sweep, collect.read_csv(out / "results.csv"), out)
 
 

@@ -22,11 +22,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from alflb_megatron.lab.display.text_table import aligned, explained
+from alflb_megatron.lab.display.text import align_rows, explain_columns
 from alflb_megatron.lab.records.files import write_json
-from alflb_megatron.lab.records.run_folder import is_run
+from alflb_megatron.lab.records.run_folder import is_run_folder
 from alflb_megatron.lab.records.summary import maxvio_text
-from alflb_megatron.lab.training.job import resolve
+from alflb_megatron.lab.training.resolve import resolve
 from alflb_megatron.settings import SettingError
 
 OURS = "adaptive"
@@ -142,7 +142,7 @@ def format_table(summaries: Mapping[str, Mapping[str, Any]]) -> str:
             f"never in {summary['steps']}" if reached is None else str(reached),
             _number(summary["seconds_per_step"], 3),
         ])  # fmt: skip
-    return "\n".join([*aligned(rows), "", *explained(COLUMNS)])
+    return "\n".join([*align_rows(rows), "", *explain_columns(COLUMNS)])
 
 
 def _prepare(out: Path, rules: Sequence[str], record: Mapping[str, Any]) -> None:
@@ -152,7 +152,7 @@ def _prepare(out: Path, rules: Sequence[str], record: Mapping[str, Any]) -> None
         raise SettingError("--out", out, "must be a folder, and this is a file")
     for rule in rules:
         run = out / rule
-        if run.exists() and not (marker.is_file() and is_run(run)):
+        if run.exists() and not (marker.is_file() and is_run_folder(run)):
             raise SettingError("--out", out, f"holds {rule}, which no earlier demo made; name another folder")
     try:
         out.mkdir(parents=True, exist_ok=True)
@@ -186,7 +186,7 @@ def demo(
     for number, rule in enumerate(rules, 1):
         print(f"[{number}/{len(rules)}] training with rule {rule}: {out / rule}", file=sys.stderr, flush=True)
         record["runs"][rule] = train(rule, out / rule, steps, nproc, seed)
-    from alflb_megatron.lab.display.plots import plot_comparison
+    from alflb_megatron.lab.sweep.comparison import plot_comparison
 
     folders = {LABELS.get(rule, f"{rule} (alflb)"): out / rule for rule in rules}
     picture = plot_comparison(folders, out / "comparison.png")

@@ -23,9 +23,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from alflb_megatron.lab.display.plots import DATA_NAMES
+from alflb_megatron.lab.display.text import DATA_NAMES
 from alflb_megatron.lab.records.files import read_json, write_json
-from alflb_megatron.lab.records.run_folder import has_checkpoint, is_run, saved_settings
+from alflb_megatron.lab.records.run_folder import has_checkpoint, is_run_folder, saved_settings
 from alflb_megatron.lab.records.summary import maxvio_text
 from alflb_megatron.lab.sweep.demo import last_lines
 from alflb_megatron.lab.sweep.plan import Run, Sweep, same_settings
@@ -46,7 +46,7 @@ def state_of(run: Run, out: Path) -> State:
     """Reads it from the run's folder. Raises `SettingError` where the folder holds a run of other settings."""
     folder = out / run.name
     ticket = ticket_of(run, out).exists()
-    if not is_run(folder):
+    if not is_run_folder(folder):
         return State(SUBMITTED if ticket else NEW)
     different = same_settings(saved_settings(folder, "--out"), run.plan.as_dict())
     if different:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from alflb_megatron.lab.display.plots import COLOURS, DPI, WIDTH, dress, figure_class, logarithmic, save
+from alflb_megatron.lab.display.plot_style import COLOURS, DPI, WIDTH, figure_class, log_y_axis, save_png, style_axes
 from alflb_megatron.lab.sweep.collect import by_group, interval, swept
 from alflb_megatron.lab.sweep.tables import label, labels
 
@@ -45,12 +45,12 @@ def course(rows: Rows) -> Figure:
                 )
         floor = next(iter(groups.values()))[0]["maxvio_floor"]
         axes.axhline(floor, color="black", linestyle=(0, (5, 3)), linewidth=1, label="sampling floor")
-        logarithmic(axes)
+        log_y_axis(axes)
         axes.set_xlim(left=0)
         axes.set_title(f"{model}, {gate}", loc="left", fontsize=10.5)
         axes.set_ylabel("MaxVio of a global batch")
         axes.set_xlabel("training step")
-        dress(axes)
+        style_axes(axes)
         axes.legend(frameon=False, fontsize=8.5, loc="center left", bbox_to_anchor=(1, 0.5))
     return figure
 
@@ -84,7 +84,7 @@ def against_published(rows: Rows) -> Figure:
         if place == 0:
             axes.set_xscale("log")
         axes.set_xlabel(title)
-        dress(axes)
+        style_axes(axes)
         if place == 0:
             axes.legend(frameon=False, loc="lower left", bbox_to_anchor=(0, 1), ncols=2, borderpad=0, fontsize=9)
     return figure
@@ -121,12 +121,12 @@ def by_step_size(rows: Rows) -> Figure:
             axes.fill_between(list(points), low, high, color=style["color"], alpha=0.15, linewidth=0)
         axes.set_xscale("log")
         if linear_below is None:
-            logarithmic(axes)
+            log_y_axis(axes)
         elif linear_below > 0:
             axes.set_yscale("symlog", linthresh=linear_below)
         axes.set_xlabel(unit)
         axes.set_ylabel(title)
-        dress(axes)
+        style_axes(axes)
         if place == 0:
             axes.legend(frameon=False, loc="lower left", bbox_to_anchor=(0, 1), ncols=4, borderpad=0, fontsize=9)
     return figure
@@ -150,5 +150,5 @@ def names(name: str, rows: Rows) -> list[str]:
 def draw(name: str, rows: Rows, out: Path) -> list[str]:
     """Draws every figure that the rows have something for into `out`, and returns the files' names."""
     for file, figure in (wanted := _wanted(name, rows)).items():
-        save(figure(rows), out / file)
+        save_png(figure(rows), out / file)
     return list(wanted)

@@ -31,7 +31,8 @@ from typing import Any
 from alflb_megatron.config import PREFIX, ALFConfig
 from alflb_megatron.lab.records.files import regular
 from alflb_megatron.lab.sweep.flops import UTILISATION, gpu_hours
-from alflb_megatron.lab.training.job import UNBALANCED, Job, Plan, resolve
+from alflb_megatron.lab.training.job import UNBALANCED, Job, Plan
+from alflb_megatron.lab.training.resolve import resolve
 from alflb_megatron.models import ModelShape
 from alflb_megatron.settings import SettingError, knobs
 

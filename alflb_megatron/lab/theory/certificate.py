@@ -96,7 +96,7 @@ def certify(scores_TE: Tensor, topk: int, bias_E: Tensor) -> Certificate:
 
 
 @dataclass(frozen=True)
-class Hindsight:
+class HindsightRegret:
     """Regret of the biases p_1 .. p_N of N steps, in score per token and step, from a sample D_n of each step's dual.
 
     Han and Zhong 2025 bound N times it, for scores that are drawn alike at every step. In training they move, and a
@@ -116,8 +116,8 @@ class Hindsight:
         return asdict(self)
 
 
-def hindsight(samples: Sequence[tuple[Tensor, Tensor]], topk: int) -> Hindsight:
-    """Of pairs (scores [T, E] before the bias, bias [E] they were routed with), one a step.
+def regret_in_hindsight(samples: Sequence[tuple[Tensor, Tensor]], topk: int) -> HindsightRegret:
+    """The regret of pairs (scores [T, E] before the bias, bias [E] they were routed with), one a step.
 
     Every step counts alike: of each the first tokens, as many as the smallest sample holds. ValueError for no samples
     and for scores that are not finite.
@@ -130,7 +130,7 @@ def hindsight(samples: Sequence[tuple[Tensor, Tensor]], topk: int) -> Hindsight:
     pooled = AssignmentProblem(torch.cat([part.scores for part in parts]), topk)
     best = minimum_cost_flow(pooled, samples[-1][1].double())
     tokens = pooled.tokens
-    return Hindsight(len(parts), tokens, (paid - best.dual) / tokens, abs(best.gap) / tokens)
+    return HindsightRegret(len(parts), tokens, (paid - best.dual) / tokens, abs(best.gap) / tokens)
 
 
 def _curvature(sample: AssignmentProblem, bias_E: Tensor) -> Moduli | None:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from alflb_megatron.lab.display.plots import COLOURS, DPI, dress, figure_class, save
+from alflb_megatron.lab.display.plot_style import COLOURS, DPI, figure_class, save_png, style_axes
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -27,7 +27,7 @@ def draw(results: Mapping[str, Any], out: Path) -> list[Path]:
         "regret": regret,
     }
     return [
-        save(picture(results["claims"][name]["figures"]), out / f"{name}.png")
+        save_png(picture(results["claims"][name]["figures"]), out / f"{name}.png")
         for name, picture in pictures.items()
         if name in results["claims"]
     ]
@@ -37,7 +37,7 @@ def _canvas(columns: int, width: float = 11.0, height: float = 4.2) -> tuple[Fig
     figure = figure_class()(figsize=(width, height), dpi=DPI, layout="constrained")
     axes = figure.subplots(1, columns, squeeze=False)[0]
     for one in axes:
-        dress(one)
+        style_axes(one)
     return figure, axes
 
 

@@ -88,8 +88,8 @@ class AssignmentProblem:
 
     def gradient(self, bias_E: Tensor) -> Tensor:
         """A - L, float64 [E]: the subgradient of D that the router's own choice gives."""
-        counts_E = torch.bincount(self.choose(bias_E).reshape(-1), minlength=self.experts)
-        return counts_E.double() - self.load
+        tokens_per_expert = torch.bincount(self.choose(bias_E).reshape(-1), minlength=self.experts)
+        return tokens_per_expert.double() - self.load
 
     # -- ties ------------------------------------------------------------------------------------------------------
 

@@ -19,9 +19,9 @@ import torch
 
 from alflb_megatron.biases import Biases
 from alflb_megatron.hosts import huggingface
-from alflb_megatron.lab.display.text_table import aligned
+from alflb_megatron.lab.display.text import align_rows
 from alflb_megatron.lab.records import metrics_file
-from alflb_megatron.lab.records.run_folder import is_run, saved_settings
+from alflb_megatron.lab.records.run_folder import is_run_folder, saved_settings
 from alflb_megatron.models import ModelShape
 from alflb_megatron.settings import SettingError, check
 
@@ -31,21 +31,21 @@ SOURCE = "a run folder, a .safetensors file, or the folder of a Hugging Face mod
 # -- where biases come from --------------------------------------------------------------------------------------------
 
 
-def read(source: str | os.PathLike[str], flag: str = "SOURCE", step: int | None = None) -> Biases:
+def read_biases(source: str | os.PathLike[str], flag: str = "SOURCE", step: int | None = None) -> Biases:
     """The biases of a run (after `step`, by default its last), a .safetensors file or a Hugging Face folder.
 
     Raises:
         SettingError: naming `flag` (or `--step`) where there are none.
     """
     path = Path(source)
-    if is_run(path):
-        return _of_run(path, flag, step)
+    if is_run_folder(path):
+        return _biases_of_run(path, flag, step)
     if step is not None:
         raise SettingError("--step", step, f"is for a run; {source} is none")
     return huggingface.read(path, flag)
 
 
-def _of_run(folder: Path, flag: str, step: int | None) -> Biases:
+def _biases_of_run(folder: Path, flag: str, step: int | None) -> Biases:
     wanted = _record(folder, flag, step)
     name = f"{folder} at step {wanted['step']}"
     layers: Any = wanted.get("layers")
@@ -103,9 +103,9 @@ def _settings(folder: Path, flag: str) -> tuple[ModelShape, Mapping[str, Any]]:
 # -- what `alflb train --bias` starts from -----------------------------------------------------------------------------
 
 
-def starting(source: str, shape: ModelShape, score_unit: str, flag: str = "--bias") -> Biases:
-    """The biases of `source`, which fit a model of `shape`; SettingError naming `flag` and both sides otherwise."""
-    biases = read(source, flag)
+def initial_biases(source: str, shape: ModelShape, score_unit: str, flag: str = "--bias") -> Biases:
+    """The biases of `source` for a model of `shape` to start from; SettingError naming `flag` where they do not fit."""
+    biases = read_biases(source, flag)
     biases.require_gate(score_unit, shape.gate, flag)
     moe = range(shape.num_dense_layers + 1, shape.num_layers + shape.mtp_layers + 1)
     biases.require_fit(dict.fromkeys(moe, shape.num_experts), shape.num_layers, flag)
@@ -140,7 +140,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(flags: argparse.Namespace, arguments: Sequence[str] = ()) -> int:
     """Runs `show` or `export`; the exit code."""
-    biases = read(flags.source, step=flags.step)
+    biases = read_biases(flags.source, step=flags.step)
     if flags.what == "show":
         print(json.dumps(_as_json(biases), indent=2) if flags.json else "\n".join(_report(biases)))
         return 0
@@ -212,4 +212,4 @@ def _report(biases: Biases) -> list[str]:
     figures = _figures(biases)
     keys = ("layer", "experts", "spread", "mean", "min", "max")
     rows = [keys, *(tuple(f"{layer[key]:.4g}" for key in keys) for layer in figures)]
-    return [f"{biases.name}: added to the {biases.score_unit}, {gate}{groups}{depth}", *aligned(rows)]
+    return [f"{biases.name}: added to the {biases.score_unit}, {gate}{groups}{depth}", *align_rows(rows)]

@@ -12,11 +12,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from alflb_megatron.lab.display.text_table import aligned
+from alflb_megatron.lab.display.text import align_rows
 
 
 @dataclass(frozen=True)
-class Part:
+class Package:
     """A package that may be there: its distributions, the versions that our tests run with, and what it is for."""
 
     name: str
@@ -25,17 +25,17 @@ class Part:
     purpose: str
 
 
-PARTS: tuple[Part, ...] = (
-    Part("torch", ("torch",), ("2.13.0",), "everything"),
-    Part("Megatron-Core", ("megatron-core",), ("0.16.1", "0.19.2"), "everything but replay and theory"),
-    Part("Transformer Engine", ("transformer-engine", "transformer_engine_torch"), (), "fused layers and router"),
-    Part("apex", ("apex",), (), "fused Adam and norms where Transformer Engine is missing"),
-    Part("DeepEP", ("deep_ep",), (), "the flex token dispatcher"),
-    Part("Megatron-Bridge", ("megatron-bridge",), ("0.3.1", "0.6.2"), "recipes/bridge.py"),
-    Part("NeMo", ("nemo-toolkit",), ("2.7.3",), "recipes/nemo.py"),
-    Part("NeMo-Run", ("nemo-run",), ("0.11.1",), "recipes/launch.py"),
-    Part("nvidia-resiliency-ext", ("nvidia-resiliency-ext",), ("0.4.1",), "checkpoints of Bridge and NeMo"),
-    Part("transformers", ("transformers",), (), "Hugging Face models and tokenizers"),
+PACKAGES: tuple[Package, ...] = (
+    Package("torch", ("torch",), ("2.13.0",), "everything"),
+    Package("Megatron-Core", ("megatron-core",), ("0.16.1", "0.19.2"), "everything but replay and theory"),
+    Package("Transformer Engine", ("transformer-engine", "transformer_engine_torch"), (), "fused layers and router"),
+    Package("apex", ("apex",), (), "fused Adam and norms where Transformer Engine is missing"),
+    Package("DeepEP", ("deep_ep",), (), "the flex token dispatcher"),
+    Package("Megatron-Bridge", ("megatron-bridge",), ("0.3.1", "0.6.2"), "recipes/bridge.py"),
+    Package("NeMo", ("nemo-toolkit",), ("2.7.3",), "recipes/nemo.py"),
+    Package("NeMo-Run", ("nemo-run",), ("0.11.1",), "recipes/launch.py"),
+    Package("nvidia-resiliency-ext", ("nvidia-resiliency-ext",), ("0.4.1",), "checkpoints of Bridge and NeMo"),
+    Package("transformers", ("transformers",), (), "Hugging Face models and tokenizers"),
 )
 
 
@@ -50,7 +50,7 @@ class Finding:
 
 
 @dataclass(frozen=True)
-class Machine:
+class Installation:
     """What the findings depend on: versions by part (absent where not installed), GPUs and the NCCL of this torch."""
 
     python: str
@@ -67,13 +67,13 @@ class Machine:
         return bool(numbers) and numbers < release
 
 
-def look() -> Machine:
-    """What is there. Of the parts torch alone is imported, to ask it for GPUs."""
+def inspect_installation() -> Installation:
+    """What is there. Of the packages torch alone is imported, to ask it for GPUs."""
     versions = {}
-    for part in PARTS:
-        for distribution in part.distributions:
+    for package in PACKAGES:
+        for distribution in package.distributions:
             try:
-                versions[part.name] = importlib.metadata.version(distribution)
+                versions[package.name] = importlib.metadata.version(distribution)
                 break
             except importlib.metadata.PackageNotFoundError:
                 continue
@@ -85,58 +85,58 @@ def look() -> Machine:
         if torch.cuda.is_available():
             gpus = tuple(torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count()))
             nccl = ".".join(map(str, torch.cuda.nccl.version()))
-    return Machine(platform.python_version(), versions, gpus, nccl)
+    return Installation(platform.python_version(), versions, gpus, nccl)
 
 
 # -- the features ------------------------------------------------------------------------------------------------------
 
 
-def _core(machine: Machine) -> Finding:
-    if not machine.has("torch", "Megatron-Core"):
-        missing = "torch" if not machine.has("torch") else "megatron-core"
+def _core(installation: Installation) -> Finding:
+    if not installation.has("torch", "Megatron-Core"):
+        missing = "torch" if not installation.has("torch") else "megatron-core"
         return Finding("router", f"{missing} is missing", f"pip install {missing}", broken=True)
-    if machine.below("Megatron-Core", 0, 16):
-        version = machine.versions["Megatron-Core"]
+    if installation.below("Megatron-Core", 0, 16):
+        version = installation.versions["Megatron-Core"]
         advice = "it builds its router by name; pip install 'megatron-core>=0.16'"
         return Finding("router", f"Megatron-Core {version} cannot take it", advice, broken=True)
     return Finding("router", "ALFRouter in place of TopKRouter")
 
 
-def _device(machine: Machine) -> Finding:
-    if machine.gpus:
-        return Finding("collectives", f"NCCL {machine.nccl}")
+def _device(installation: Installation) -> Finding:
+    if installation.gpus:
+        return Finding("collectives", f"NCCL {installation.nccl}")
     return Finding("collectives", "gloo, on CPUs", "no CUDA here; docs/without-cuda.md says what takes its place")
 
 
-def _layers(machine: Machine) -> Finding:
-    if machine.gpus and machine.has("Transformer Engine"):
+def _layers(installation: Installation) -> Finding:
+    if installation.gpus and installation.has("Transformer Engine"):
         return Finding("layers, grouped GEMM", "Transformer Engine")
-    advice = "pip install 'transformer-engine[pytorch]'" if machine.gpus else "needs a GPU"
+    advice = "pip install 'transformer-engine[pytorch]'" if installation.gpus else "needs a GPU"
     return Finding("layers, grouped GEMM", "Megatron-Core's own, one matrix product an expert", advice)
 
 
-def _router_fusion(machine: Machine) -> Finding:
-    if machine.gpus and machine.has("Transformer Engine"):
+def _router_fusion(installation: Installation) -> Finding:
+    if installation.gpus and installation.has("Transformer Engine"):
         return Finding("moe_router_fusion", "may be on with the sigmoid gate; refused with others")
     return Finding("moe_router_fusion", "must be off", "needs a GPU and Transformer Engine")
 
 
-def _optimizer(machine: Machine) -> Finding:
+def _optimizer(installation: Installation) -> Finding:
     for part in ("Transformer Engine", "apex"):
-        if machine.gpus and machine.has(part):
+        if installation.gpus and installation.has(part):
             return Finding("Adam", part)
     return Finding("Adam", "torch's")
 
 
-def _dispatcher(machine: Machine) -> Finding:
-    if machine.gpus and machine.has("DeepEP"):
+def _dispatcher(installation: Installation) -> Finding:
+    if installation.gpus and installation.has("DeepEP"):
         return Finding("token dispatcher", "alltoall, allgather or flex (DeepEP)")
     return Finding("token dispatcher", "alltoall or allgather", "flex needs a GPU and DeepEP")
 
 
-def _resiliency(machine: Machine) -> Finding:
-    old = machine.below("nvidia-resiliency-ext", 0, 6) and not machine.below("Megatron-Core", 0, 17)
-    if old and machine.gpus:
+def _resiliency(installation: Installation) -> Finding:
+    old = installation.below("nvidia-resiliency-ext", 0, 6) and not installation.below("Megatron-Core", 0, 17)
+    if old and installation.gpus:
         advice = "pip install 'nvidia-resiliency-ext>=0.6', or uninstall it"
         return Finding("checkpoints", "Megatron-Core stops at this nvidia-resiliency-ext", advice, broken=True)
     if old:
@@ -144,27 +144,27 @@ def _resiliency(machine: Machine) -> Finding:
     return Finding("checkpoints", "torch_dist")
 
 
-def _bridge(machine: Machine) -> Finding:
-    if not machine.has("Megatron-Bridge"):
+def _bridge(installation: Installation) -> Finding:
+    if not installation.has("Megatron-Bridge"):
         return Finding("Megatron-Bridge", "not installed", "make hosts, or docs/hosts/bridge.md")
-    if machine.gpus and not machine.has("Transformer Engine"):
+    if installation.gpus and not installation.has("Transformer Engine"):
         advice = "it imports Transformer Engine: pip install 'transformer-engine[pytorch]'"
         return Finding("Megatron-Bridge", "cannot be imported", advice, broken=True)
     return Finding("Megatron-Bridge", "python -m alflb_megatron.recipes.bridge RECIPE")
 
 
-def _nemo(machine: Machine) -> Finding:
-    if not machine.has("NeMo"):
+def _nemo(installation: Installation) -> Finding:
+    if not installation.has("NeMo"):
         return Finding("NeMo", "not installed", "make hosts, or docs/hosts/nemo.md")
-    if not machine.below("NeMo", 3):
+    if not installation.below("NeMo", 3):
         advice = "NeMo 3 has none; nemo-toolkit>=2.7,<3, or Megatron-Bridge"
         return Finding("NeMo", "no LLM collection", advice, broken=True)
-    if not machine.has("NeMo-Run"):
+    if not installation.has("NeMo-Run"):
         return Finding("NeMo", "the callback ALFLB; no recipes", "pip install nemo-run")
     return Finding("NeMo", "nemo llm pretrain --factory RECIPE")
 
 
-FEATURES: tuple[Callable[[Machine], Finding], ...] = (
+FEATURES: tuple[Callable[[Installation], Finding], ...] = (
     _core,
     _device,
     _layers,
@@ -177,17 +177,17 @@ FEATURES: tuple[Callable[[Machine], Finding], ...] = (
 )
 
 
-def diagnose(machine: Machine) -> list[Finding]:
+def diagnose(installation: Installation) -> list[Finding]:
     """A finding for each feature."""
-    return [feature(machine) for feature in FEATURES]
+    return [feature(installation) for feature in FEATURES]
 
 
-def _verdict(part: Part, version: str | None) -> str:
+def _verdict(package: Package, version: str | None) -> str:
     if version is None:
         return ""
-    if version.partition("+")[0] in part.tested:
+    if version.partition("+")[0] in package.tested:
         return "yes"
-    return f"with {', '.join(part.tested)}" if part.tested else "no"
+    return f"with {', '.join(package.tested)}" if package.tested else "no"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -197,22 +197,33 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(flags: argparse.Namespace, arguments: Sequence[str] = ()) -> int:
     """Prints what there is; the exit code is 1 where something installed cannot work."""
-    machine = look()
-    findings = diagnose(machine)
+    installation = inspect_installation()
+    findings = diagnose(installation)
     if flags.json:
-        report: dict[str, Any] = {"machine": asdict(machine), "features": [asdict(finding) for finding in findings]}
+        report: dict[str, Any] = {
+            "machine": asdict(installation),
+            "features": [asdict(finding) for finding in findings],
+        }
         print(json.dumps(report, indent=2))
     else:
-        print("\n".join(_report(machine, findings)))
+        print("\n".join(_report(installation, findings)))
     return 1 if any(finding.broken for finding in findings) else 0
 
 
-def _report(machine: Machine, findings: Sequence[Finding]) -> list[str]:
-    gpus = ", ".join(f"{machine.gpus.count(name)} x {name}" for name in dict.fromkeys(machine.gpus)) or "no GPU"
+def _report(installation: Installation, findings: Sequence[Finding]) -> list[str]:
+    gpus = (
+        ", ".join(f"{installation.gpus.count(name)} x {name}" for name in dict.fromkeys(installation.gpus)) or "no GPU"
+    )
     parts = [("part", "version", "tested", "for")]
-    for part in PARTS:
-        version = machine.versions.get(part.name)
-        parts.append((part.name, version or "-", _verdict(part, version), part.purpose))
+    for package in PACKAGES:
+        version = installation.versions.get(package.name)
+        parts.append((package.name, version or "-", _verdict(package, version), package.purpose))
     features = [("feature", "path here", "to change it")]
     features += [(("! " if f.broken else "") + f.feature, f.path, f.advice) for f in findings]
-    return [f"Python {machine.python}, {gpus}", "", *aligned(parts, left=True), "", *aligned(features, left=True)]
+    return [
+        f"Python {installation.python}, {gpus}",
+        "",
+        *align_rows(parts, left=True),
+        "",
+        *align_rows(features, left=True),
+    ]

@@ -51,26 +51,26 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace, argv: object = None) -> int:
     """Applies, checks or reverts; returns the exit code."""
-    tree = recognise(arguments.directory)
+    checkout = identify_checkout(arguments.directory)
     if arguments.check:
-        print(f"{tree.title}: {'patched' if tree.patched else 'not patched'}")
-        return 0 if tree.patched else 1
+        print(f"{checkout.title}: {'patched' if checkout.patched else 'not patched'}")
+        return 0 if checkout.patched else 1
     done = "not patched" if arguments.revert else "patched"
-    if tree.patched is not arguments.revert:
-        print(f"{tree.title}: {done} already")
+    if checkout.patched is not arguments.revert:
+        print(f"{checkout.title}: {done} already")
         return 0
     try:
-        _replace(tree.script, tree.other)
+        _replace_file(checkout.script, checkout.other_text)
     except OSError as error:
         raise SettingError(
             "DIR", arguments.directory, f"{SCRIPT} cannot be written ({error.strerror or error})"
         ) from None
-    print(f"{tree.title}: {done} now ({tree.patch})")
+    print(f"{checkout.title}: {done} now ({checkout.patch})")
     return 0
 
 
 @dataclass(frozen=True)
-class Tree:
+class Checkout:
     """A checkout that is known: its script, whether that is patched, and its text in the other state."""
 
     directory: Path
@@ -78,15 +78,15 @@ class Tree:
     patch: str
     script: Path
     patched: bool
-    other: bytes
+    other_text: bytes
 
     @property
     def title(self) -> str:
         return f"{self.directory}: Megatron-LM with Megatron-Core {self.version}"
 
 
-def recognise(directory: Path) -> Tree:
-    """Which tree this is, by its version and by its patch, which has to apply or to be in.
+def identify_checkout(directory: Path) -> Checkout:
+    """Which checkout this is, by its version and by its patch, which has to apply or to be in.
 
     Raises:
         SettingError: no checkout of Megatron-LM, a version without a patch, a `pretrain_gpt.py` on which its patch
@@ -107,9 +107,9 @@ def recognise(directory: Path) -> Tree:
     text_of_patch = (patches() / patch).read_bytes()
     script = (directory / SCRIPT).resolve()
     for patched, options in ((False, ()), (True, ("--reverse",))):
-        other = _applied(text_of_patch, before, *options)
+        other = _apply_patch(text_of_patch, before, *options)
         if other is not None:
-            return Tree(directory, version, patch, script, patched, other)
+            return Checkout(directory, version, patch, script, patched, other)
     raise SettingError(
         "DIR",
         directory,
@@ -136,7 +136,7 @@ def patches() -> Traversable:
         return Path(__file__).parents[3] / "patches" / "megatron-lm"
 
 
-def _applied(patch: bytes, before: bytes, *options: str) -> bytes | None:
+def _apply_patch(patch: bytes, before: bytes, *options: str) -> bytes | None:
     """The script with the patch applied by git to a copy of it, None where it does not apply."""
     git = shutil.which("git")
     if git is None:
@@ -156,7 +156,7 @@ def _applied(patch: bytes, before: bytes, *options: str) -> bytes | None:
         return copy.read_bytes() if done.returncode == 0 else None
 
 
-def _replace(path: Path, content: bytes) -> None:
+def _replace_file(path: Path, content: bytes) -> None:
     """Writes a file in one step, with the mode that it has; where that fails, nothing is left behind."""
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:

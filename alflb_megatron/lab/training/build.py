@@ -1,4 +1,7 @@
-"""From a plan to Megatron-Core's objects: configuration, model chunks, optimizer. Nothing of them is rewritten here."""
+"""From a plan to Megatron-Core's objects: configuration, model chunks, and an optimizer with its schedule.
+
+Nothing of them is rewritten here. Recomputation, dispatcher and parallel split are set in `transformer_config`.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,7 @@ from megatron.core import parallel_state, tensor_parallel
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec, get_gpt_mtp_block_spec
-from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer import get_megatron_optimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.transformer.module import Float16Module
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -19,14 +22,13 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from alflb_megatron.balancer import Balancer
 from alflb_megatron.hosts import core, cpu
 from alflb_megatron.hosts.cpu.norm import use_plain_norm
-from alflb_megatron.lab.training.job import Job, Plan
+from alflb_megatron.lab.training.job import Plan
+from alflb_megatron.lab.training.optimizer import DTYPES, optimizer_config, optimizer_param_scheduler
 from alflb_megatron.settings import SettingError
-
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass(frozen=True)
-class Trainee:
+class ModelSetup:
     """A model ready to train: wrapped chunks as Megatron's schedules take them, optimizer, configuration, balancer."""
 
     chunks: list[Any]
@@ -50,7 +52,7 @@ def have_transformer_engine() -> bool:
     return bool(torch.cuda.is_available() and transformer_engine.HAVE_TE)
 
 
-def parts() -> dict[str, str]:
+def implementations() -> dict[str, str]:
     """Which implementation each exchangeable part of the run has, for `config.json` and the first lines."""
     from megatron.core.optimizer import Adam
 
@@ -60,7 +62,7 @@ def parts() -> dict[str, str]:
         "collectives": "nccl" if cuda else "gloo",
         "layers": "Transformer Engine" if te else "Megatron-Core, local",
         "adam": Adam.__module__.split(".")[0],
-        "substitutions": ", ".join(substitution.name for substitution in cpu.prepare() or cpu.complete()) or "none",
+        "substitutions": ", ".join(one.name for one in cpu.prepare() or cpu.prepare_without_te()) or "none",
     }
 
 
@@ -144,10 +146,10 @@ def gpt_model(plan: Plan, config: TransformerConfig, vp_stage: int | None = None
     )
 
 
-def trainee(plan: Plan) -> Trainee:
+def setup_model_and_optimizer(plan: Plan) -> ModelSetup:
     """Model, optimizer and balancer of the plan on this rank; the process groups exist already."""
     job = plan.job
-    cpu.complete()
+    cpu.prepare_without_te()
     config = transformer_config(plan)
     stages: list[int | None] = list(range(job.vpp)) if job.vpp > 1 else [None]
     chunks: list[Any] = [gpt_model(plan, config, stage) for stage in stages]
@@ -174,53 +176,4 @@ def trainee(plan: Plan) -> Trainee:
     config.grad_scale_func = optimizer.scale_loss
     if job.overlap_grad_reduce:
         config.no_sync_func = chunks[0].no_sync if len(chunks) == 1 else [chunk.no_sync for chunk in chunks]
-    return Trainee(chunks, optimizer, scheduler(job, optimizer), config, balancer)
-
-
-def optimizer_config(job: Job) -> OptimizerConfig:
-    return OptimizerConfig(
-        optimizer="adam",
-        lr=job.lr,
-        min_lr=job.min_lr,
-        weight_decay=job.weight_decay,
-        adam_beta1=0.9,
-        adam_beta2=0.95,
-        clip_grad=job.clip_grad,
-        bf16=job.dtype == "bf16",
-        fp16=job.dtype == "fp16",
-        params_dtype=DTYPES[job.dtype],
-        use_distributed_optimizer=job.optimizer == "distributed",
-    )
-
-
-class MultiStep(OptimizerParamScheduler):
-    """Three rates: the peak to 80% of the steps, sqrt(0.1) of it to 90%, a tenth of it to the end.
-
-    The form of DeepSeek LLM (arXiv 2401.02954, section 2.3), with which the rates Wang et al. state for their 3B model
-    (7.8e-4, 2.47e-4, 7.8e-5) agree; where the steps lie is not stated there.
-    """
-
-    def get_lr(self, param_group: dict[str, Any]) -> float:
-        peak = float(param_group.get("max_lr") or self.max_lr)
-        if self.num_steps < self.lr_warmup_steps:
-            return peak * self.num_steps / self.lr_warmup_steps
-        share = self.num_steps / self.lr_decay_steps
-        return peak * (1.0 if share < 0.8 else 0.1**0.5 if share < 0.9 else 0.1)
-
-
-def scheduler(job: Job, optimizer: Any) -> OptimizerParamScheduler:
-    """The learning rate as a function of the step, Megatron-Core's own scheduler."""
-    cls = MultiStep if job.lr_decay == "multistep" else OptimizerParamScheduler
-    return cls(
-        optimizer,
-        init_lr=0.0,
-        max_lr=job.lr,
-        min_lr=job.min_lr,
-        lr_warmup_steps=min(job.warmup_steps, job.steps - 1),
-        lr_decay_steps=job.steps,
-        lr_decay_style="constant" if job.lr_decay == "multistep" else job.lr_decay,
-        start_wd=job.weight_decay,
-        end_wd=job.weight_decay,
-        wd_incr_steps=job.steps,
-        wd_incr_style="constant",
-    )
+    return ModelSetup(chunks, optimizer, optimizer_param_scheduler(job, optimizer), config, balancer)

@@ -12,8 +12,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
 
-from alflb_megatron.lab.records.files import write_whole
-from alflb_megatron.lab.theory.certificate import certify, hindsight
+from alflb_megatron.lab.records.files import write_atomically
+from alflb_megatron.lab.theory.certificate import certify, regret_in_hindsight
 
 SAMPLE = 16_384
 """Tokens of a sample at the most: the first that the rank routes in the step."""
@@ -25,8 +25,8 @@ FOLDER = "certified"
 FILE = "step_{step:07d}.stage_{stage}.safetensors"
 
 
-class Certifier:
-    """Certifies the routers of one rank.
+class CertificateSampler:
+    """Samples the router scores of one rank and certifies its layers.
 
     Args:
         routers: layer number -> `ALFRouter`.
@@ -36,9 +36,9 @@ class Certifier:
         folder: the run folder; what `regret` needs of each step is kept in it, for a run that is broken off.
         stage: pipeline stage of the rank.
 
-    `begin` before a step, `finish` after it. The bias is that with which the sample was routed, not the updated one.
-    Tokens come by position in the sequence, and scores depend on it: a sample is shuffled, seeded by its step, before
-    any part of it is taken.
+    `begin_step` before a step, `finish_step` after it. The bias is that with which the sample was routed, not the
+    updated one. Tokens come by position in the sequence, and scores depend on it: a sample is shuffled, seeded by its
+    step, before any part of it is taken.
     """
 
     def __init__(
@@ -53,7 +53,7 @@ class Certifier:
         self._sample: dict[int, list[Tensor]] = {}
         self._bias: dict[int, Tensor] = {}
         for layer, router in self.routers.items():
-            router.score_taps = (*router.score_taps, self._tap(layer, router))
+            router.score_hooks = (*router.score_hooks, self._tap(layer, router))
 
     def _tap(self, layer: int, router: Any) -> Callable[[Tensor], None]:
         def tap(scores_TE: Tensor) -> None:
@@ -66,12 +66,12 @@ class Certifier:
 
         return tap
 
-    def begin(self, step: int) -> None:
+    def begin_step(self, step: int) -> None:
         """Takes samples of this step if it is one of those to be certified."""
         self._step = step
         self._sample = {layer: [] for layer in self.routers} if step in self.certified else {}
 
-    def finish(self) -> list[dict[str, Any]]:
+    def finish_step(self) -> list[dict[str, Any]]:
         """The certificates of the step, by layer; none where the step was not sampled or its scores are not finite."""
         rows = []
         kept: dict[str, Tensor] = {}
@@ -84,7 +84,7 @@ class Certifier:
                 kept |= {f"scores_{layer}": scores_TE[: self.kept].clone(), f"bias_{layer}": self._bias[layer]}
         if kept and self._step in self.pooled:
             self.folder.mkdir(parents=True, exist_ok=True)
-            write_whole(self._file(self._step), [save(kept)])
+            write_atomically(self._file(self._step), [save(kept)])
         self._sample = {}
         return rows
 
@@ -106,7 +106,7 @@ class Certifier:
                 if f"scores_{layer}" in kept:
                     found.append((kept[f"scores_{layer}"], kept[f"bias_{layer}"]))
         return [
-            {"layer": layer, **hindsight(found, self.topk).as_dict()}
+            {"layer": layer, **regret_in_hindsight(found, self.topk).as_dict()}
             for layer, found in samples.items()
             if found and len(found) == len(self.pooled)
         ]

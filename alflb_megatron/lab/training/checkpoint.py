@@ -20,11 +20,11 @@ from megatron.core.dist_checkpointing.validation import StrictHandling
 from megatron.core.utils import unwrap_model
 from torch.distributed.checkpoint.api import CheckpointException
 
-from alflb_megatron.hosts import core
+from alflb_megatron.hosts import absent_state
 from alflb_megatron.lab.checkpoints.scan import vet
 from alflb_megatron.lab.data.samples import one_line
 from alflb_megatron.lab.records.files import read_json, write_json
-from alflb_megatron.lab.training.build import Trainee
+from alflb_megatron.lab.training.build import ModelSetup
 from alflb_megatron.lab.training.job import Plan
 from alflb_megatron.settings import SettingError
 
@@ -37,7 +37,7 @@ METADATA = {"chained_optim_avoid_prefix": True, "distrib_optim_sharding_type": "
 
 
 @dataclass(frozen=True)
-class Saved:
+class SavedCheckpoint:
     """What `job.json` says of a checkpoint: where training stood, on which split, with which data."""
 
     path: Path
@@ -52,7 +52,7 @@ def layout_of(plan: Plan) -> dict[str, int]:
     return {"nproc": job.nproc, "tp": job.tp, "pp": job.pp, "vpp": job.vpp, "ep": job.ep, "etp": job.etp}
 
 
-def find(path: str | Path, flag: str) -> Saved:
+def find(path: str | Path, flag: str) -> SavedCheckpoint:
     """The checkpoint at `path`: a checkpoint folder, a `checkpoints` folder or a run folder (then its latest).
 
     It is vetted (`scan.py`): to load it executes nothing of it. Raises SettingError naming `flag` where there
@@ -64,7 +64,7 @@ def find(path: str | Path, flag: str) -> Saved:
         raise SettingError(flag, path, f"cannot be read ({error.strerror})") from None
 
 
-def _find(folder: Path, flag: str, path: str | Path) -> Saved:
+def _find(folder: Path, flag: str, path: str | Path) -> SavedCheckpoint:
     for candidate in (folder, folder / "checkpoints"):
         # Whole ones have their final name and job.json; the numbers are padded, so the last by name is the latest.
         if whole := sorted(p.parent for p in candidate.glob(f"step_*/{JOB}") if p.parent.suffix != PARTIAL):
@@ -80,7 +80,7 @@ def _find(folder: Path, flag: str, path: str | Path) -> Saved:
     return saved
 
 
-def _saved(folder: Path, values: Any, flag: str) -> Saved:
+def _saved(folder: Path, values: Any, flag: str) -> SavedCheckpoint:
     """What `save` wrote to job.json; ValueError for anything else."""
     if not isinstance(values, dict) or not {"step", "layout", "fingerprint"} <= values.keys():
         raise ValueError("step, layout or fingerprint is missing")
@@ -91,12 +91,12 @@ def _saved(folder: Path, values: Any, flag: str) -> Saved:
         raise ValueError("layout holds what is no number of ranks")
     if not isinstance(fingerprint, str):
         raise ValueError("fingerprint is no text")
-    return Saved(folder, step, layout, fingerprint, flag)
+    return SavedCheckpoint(folder, step, layout, fingerprint, flag)
 
 
-def _model_state(trainee: Trainee) -> dict[str, Any]:
+def _model_state(setup: ModelSetup) -> dict[str, Any]:
     """Sharded model state, one entry a chunk, named as Megatron-LM names them."""
-    chunks = [unwrap_model(chunk) for chunk in trainee.chunks]
+    chunks = [unwrap_model(chunk) for chunk in setup.chunks]
     if len(chunks) == 1:
         return {"model": chunks[0].sharded_state_dict(metadata=dict(METADATA))}
     return {f"model{i}": chunk.sharded_state_dict(metadata=dict(METADATA)) for i, chunk in enumerate(chunks)}
@@ -111,9 +111,9 @@ def _random_state() -> ShardedObject:
     return ShardedObject("rng_state", state, (dist.get_world_size(),), (dist.get_rank(),))
 
 
-def _optimizer_state(trainee: Trainee, model: dict[str, Any], is_loading: bool) -> Any:
+def _optimizer_state(setup: ModelSetup, model: dict[str, Any], is_loading: bool) -> Any:
     flat = model.get("model", model)
-    return trainee.optimizer.sharded_state_dict(flat, is_loading=is_loading, metadata=dict(METADATA))
+    return setup.optimizer.sharded_state_dict(flat, is_loading=is_loading, metadata=dict(METADATA))
 
 
 def _begin_moments(optimizer: Any) -> bool:
@@ -141,7 +141,7 @@ def _keep_step_zero(saved: dict[Any, Any]) -> None:
                 state["common_step"] = torch.tensor(0.0)
 
 
-def save(trainee: Trainee, plan: Plan, step: int, folder: Path, fingerprint: str) -> Path:
+def save(setup: ModelSetup, plan: Plan, step: int, folder: Path, fingerprint: str) -> Path:
     """Writes the checkpoint of `step` below `folder` (all ranks call it) and returns its path."""
     final = folder / f"step_{step:08d}"
     partial = final.with_name(final.name + PARTIAL)
@@ -150,9 +150,9 @@ def save(trainee: Trainee, plan: Plan, step: int, folder: Path, fingerprint: str
         _remove(partial)
         partial.mkdir(parents=True)
     dist.barrier()
-    state = _model_state(trainee)
-    plain = _begin_moments(trainee.optimizer)
-    state["optimizer"] = _optimizer_state(trainee, state, is_loading=False)
+    state = _model_state(setup)
+    plain = _begin_moments(setup.optimizer)
+    state["optimizer"] = _optimizer_state(setup, state, is_loading=False)
     if plain:
         _keep_step_zero(state["optimizer"])
     state["random"] = _random_state()
@@ -166,15 +166,15 @@ def save(trainee: Trainee, plan: Plan, step: int, folder: Path, fingerprint: str
     return final
 
 
-def load(trainee: Trainee, plan: Plan, saved: Saved, weights_only: bool = False) -> None:
-    """Reads a checkpoint into `trainee` (all ranks call it); biases and rule state come with the model.
+def load(setup: ModelSetup, plan: Plan, saved: SavedCheckpoint, weights_only: bool = False) -> None:
+    """Reads a checkpoint into `setup` (all ranks call it); biases and rule state come with the model.
 
     On the split it was written on everything comes back, random state included; on another the random state is that of
     the seed. With `weights_only` the optimizer starts anew. State of ours that the checkpoint lacks starts afresh.
     SettingError where the checkpoint is damaged or is of another model.
     """
     try:
-        _load(trainee, plan, saved, weights_only)
+        _load(setup, plan, saved, weights_only)
     except SettingError:
         raise
     # torch's CheckpointException, which it raises for what went wrong on any rank, is no Exception.
@@ -192,23 +192,23 @@ def _reason(error: BaseException) -> str:
     return one_line(error)
 
 
-def _load(trainee: Trainee, plan: Plan, saved: Saved, weights_only: bool) -> None:
-    state = _model_state(trainee)
+def _load(setup: ModelSetup, plan: Plan, saved: SavedCheckpoint, weights_only: bool) -> None:
+    state = _model_state(setup)
     same_layout = saved.layout == layout_of(plan)
     if not weights_only:
-        state["optimizer"] = _optimizer_state(trainee, state, is_loading=True)
+        state["optimizer"] = _optimizer_state(setup, state, is_loading=True)
         if same_layout:
             state["random"] = _random_state()
-    with core.absent_state_allowed():
+    with absent_state.absent_state_allowed():
         loaded = dist_checkpointing.load(state, str(saved.path), strict=StrictHandling.ASSUME_OK_UNEXPECTED)
-    for i, chunk in enumerate(trainee.chunks):
-        unwrap_model(chunk).load_state_dict(loaded["model" if len(trainee.chunks) == 1 else f"model{i}"])
+    for i, chunk in enumerate(setup.chunks):
+        unwrap_model(chunk).load_state_dict(loaded["model" if len(setup.chunks) == 1 else f"model{i}"])
     if weights_only:
-        trainee.optimizer.reload_model_params()
+        setup.optimizer.reload_model_params()
         return
     if not same_layout:
-        loaded["optimizer"] = _on_this_split(trainee.optimizer, loaded["optimizer"])
-    trainee.optimizer.load_state_dict(loaded["optimizer"])
+        loaded["optimizer"] = _on_this_split(setup.optimizer, loaded["optimizer"])
+    setup.optimizer.load_state_dict(loaded["optimizer"])
     if same_layout:
         random = loaded["random"]
         torch.set_rng_state(random["torch"])

@@ -13,7 +13,8 @@ from pathlib import Path
 from alflb_megatron.config import PREFIX, ALFConfig
 from alflb_megatron.lab.records.run_folder import has_checkpoint, saved_settings
 from alflb_megatron.lab.training import launch
-from alflb_megatron.lab.training.job import Job, Plan, resolve, resolve_resumed
+from alflb_megatron.lab.training.job import Job, Plan
+from alflb_megatron.lab.training.resolve import resolve, resolve_resumed
 from alflb_megatron.models import ModelShape
 from alflb_megatron.settings import SettingError, add_flags, given_flags
 

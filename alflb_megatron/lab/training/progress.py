@@ -72,3 +72,14 @@ class Progress:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         self.close()
+
+
+class SilentProgress:
+    """In place of `Progress` on ranks that show nothing."""
+
+    def step(self, record: Any) -> None: ...
+    def note(self, text: str) -> None: ...
+    def __enter__(self) -> SilentProgress:
+        return self
+
+    def __exit__(self, *error: object) -> None: ...

@@ -15,7 +15,7 @@ from types import TracebackType
 from typing import Any
 
 from alflb_megatron.lab.records.history import History
-from alflb_megatron.lab.records.steps import Step, clean, read_object
+from alflb_megatron.lab.records.step_record import StepRecord, clean_text, read_object
 from alflb_megatron.settings import SettingError
 
 TAIL = 2**24
@@ -44,7 +44,7 @@ class MetricsTail:
         self._rest = b""
         self._skip = False  # the first line, whose beginning lies before where reading began
 
-    def read_new(self) -> tuple[list[Step], bool]:
+    def read_new(self) -> tuple[list[StepRecord], bool]:
         """The steps that were appended since the last look, and whether they are the first ones of a (new) file.
 
         A file that is not there has no steps. SettingError (RUN) where the name belongs to something else than a file.
@@ -55,7 +55,7 @@ class MetricsTail:
             self.close()
             return [], False
         except OSError as error:
-            raise SettingError("RUN", clean(self.path), f"cannot be read ({error.strerror})") from None
+            raise SettingError("RUN", clean_text(self.path), f"cannot be read ({error.strerror})") from None
         fresh = self._file is None
         if self._file is not None:
             held = os.fstat(self._file)
@@ -67,18 +67,18 @@ class MetricsTail:
     def _open(self, here: os.stat_result) -> bool:
         self.close()
         if not stat.S_ISREG(here.st_mode):
-            raise SettingError("RUN", clean(self.path), "must be a file that a run writes")
+            raise SettingError("RUN", clean_text(self.path), "must be a file that a run writes")
         try:
             self._file = os.open(self.path, os.O_RDONLY)
         except FileNotFoundError:
             return False  # between the two calls
         except OSError as error:
-            raise SettingError("RUN", clean(self.path), f"cannot be read ({error.strerror})") from None
+            raise SettingError("RUN", clean_text(self.path), f"cannot be read ({error.strerror})") from None
         self._offset = max(0, os.fstat(self._file).st_size - self.tail)
         self._skip = self._offset > 0
         return True
 
-    def _read(self) -> list[Step]:
+    def _read(self) -> list[StepRecord]:
         assert self._file is not None
         steps = []
         while piece := os.pread(self._file, PIECE, self._offset):
@@ -94,11 +94,11 @@ class MetricsTail:
                     steps.append(step)
         return steps
 
-    def _step(self, line: bytes) -> Step | None:
+    def _step(self, line: bytes) -> StepRecord | None:
         try:
             record = json.loads(line)
             if isinstance(record, dict):
-                return Step.of(record)
+                return StepRecord.from_json(record)
         except (ValueError, RecursionError):
             pass
         self.broken += 1
@@ -121,17 +121,17 @@ class FollowedRun:
 
     def __init__(self, path: Path, tail: int = TAIL) -> None:
         if path.exists() and not path.is_dir():
-            raise SettingError("RUN", clean(path), "must name the folder of a run, and this is a file")
+            raise SettingError("RUN", clean_text(path), "must name the folder of a run, and this is a file")
         self.path = path
         self.tail = MetricsTail(path / "metrics.jsonl", tail)
         self.history = self._begin()
 
     def _begin(self) -> History:
-        history = History(self.path, clean(self.path), tracked=False)
+        history = History(self.path, clean_text(self.path), keep_layers=False)
         history.config = _object(self.path / "config.json")
         return history
 
-    def read_new(self) -> list[Step]:
+    def read_new(self) -> list[StepRecord]:
         """Takes in what is new; returns the new steps."""
         # Before the records: it is written after the last of them.
         summary = _object(self.path / "summary.json")

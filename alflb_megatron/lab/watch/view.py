@@ -12,8 +12,8 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from alflb_megatron.lab.display.plots import short_count
-from alflb_megatron.lab.records.steps import Array, Layer, clean, number
+from alflb_megatron.lab.display.text import short_count
+from alflb_megatron.lab.records.step_record import Array, LayerRecord, as_number, clean_text
 from alflb_megatron.lab.records.summary import maxvio_text
 
 if TYPE_CHECKING:
@@ -71,7 +71,7 @@ def sparkline(values: Array, width: int, symbols: str) -> tuple[str, int, Array]
     return levels(logs, float(finite.min()), float(finite.max()), symbols), len(values), means
 
 
-def loads_text(layer: Layer, width: int, symbols: str) -> Text:
+def loads_text(layer: LayerRecord, width: int, symbols: str) -> Text:
     """A character an expert, half height at the mean load; largest first where there are more experts than room."""
     loads = layer.loads_E
     mean = float(loads.mean()) if len(loads) else 0.0
@@ -98,7 +98,7 @@ def _rate(followed: FollowedRun) -> tuple[float, float]:
 
 
 def _total(followed: FollowedRun) -> float:
-    total = number(followed.history.setting("steps"))
+    total = as_number(followed.history.setting("steps"))
     return total if total >= 1 else math.nan
 
 
@@ -124,7 +124,7 @@ def frame(followed: FollowedRun, console: Console, whole: bool = False) -> Rende
     """All that is shown of a run; `whole` shows every layer, else as many as the terminal is high."""
     history, last = followed.history, followed.history.last
     if last is None:
-        return Text(f"waiting for {clean(followed.tail.path)}")
+        return Text(f"waiting for {clean_text(followed.tail.path)}")
     symbols = BLOCKS if console.encoding.lower().startswith("utf") else PLAIN
     parts: list[RenderableType] = [_title(followed), _progress(followed, console.width), *_figures(followed)]
     spark, many, means = sparkline(history.series("maxvio_mean"), max(10, min(100, console.width - 45)), symbols)
@@ -145,7 +145,7 @@ def _title(followed: FollowedRun) -> Text:
     history = followed.history
     rule = history.summary.get("rule") or history.setting("rule") or ""
     preset = history.setting("preset") or ""
-    words = [clean(word, 60) for word in (f"rule {rule}" if rule else "", preset) if word]
+    words = [clean_text(word, 60) for word in (f"rule {rule}" if rule else "", preset) if word]
     text = Text.assemble((history.label, "bold"), ("  " + "  ".join(words), "dim"))
     text.no_wrap, text.overflow = True, "ellipsis"
     return text
@@ -191,7 +191,7 @@ def _figures(followed: FollowedRun) -> list[Text]:
     return [first, second]
 
 
-def _layers(layers: Sequence[Layer], height: int, width: int, symbols: str) -> list[RenderableType]:
+def _layers(layers: Sequence[LayerRecord], height: int, width: int, symbols: str) -> list[RenderableType]:
     """A row for each layer; the worst `height` of them where there are more."""
     shown = list(layers)
     if len(shown) > height:
@@ -238,5 +238,5 @@ def _alarms(followed: FollowedRun) -> list[RenderableType]:
 
 def _ended(followed: FollowedRun) -> Text:
     summary = followed.history.summary
-    loss, of_all = number(summary.get("validation_loss")), number(summary.get("maxvio_global_mean"))
+    loss, of_all = as_number(summary.get("validation_loss")), as_number(summary.get("maxvio_global_mean"))
     return Text(f"ended: validation loss {_digits(loss, '.4f')}, MaxVio_global {vio(of_all)}", style="green")

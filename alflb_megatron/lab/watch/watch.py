@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import argparse
 import io
 import math
 import os
 import time
-from collections.abc import Sequence
 from pathlib import Path
 
 from rich.console import Console
 from rich.live import Live
 
-from alflb_megatron.lab.records.steps import clean, number
+from alflb_megatron.lab.records.step_record import clean_text
 from alflb_megatron.lab.watch.follow import FollowedRun
 from alflb_megatron.lab.watch.view import frame, line
 from alflb_megatron.settings import SettingError
@@ -35,7 +33,7 @@ def watch(run: str | os.PathLike[str], once: bool = False, every: float = 2.0, c
         if once:
             followed.read_new()
             if followed.history.last is None:
-                raise SettingError("RUN", clean(run), "holds no whole record of a step yet")
+                raise SettingError("RUN", clean_text(run), "holds no whole record of a step yet")
             console.print(frame(followed, console, whole=not console.is_terminal))
         elif console.is_terminal:
             _live(followed, console, every)
@@ -67,20 +65,5 @@ def _plain(followed: FollowedRun, console: Console, every: float) -> None:
             console.print(line(followed), soft_wrap=True)
         elif followed.history.last is None and not waiting:
             waiting = True
-            console.print(f"waiting for {clean(followed.tail.path)}", soft_wrap=True)
+            console.print(f"waiting for {clean_text(followed.tail.path)}", soft_wrap=True)
         time.sleep(every)
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the arguments of `alflb watch` to `parser`."""
-    parser.add_argument("run_folder", metavar="RUN", help="the run folder of a job; it may not have begun yet")
-    parser.add_argument("--once", action="store_true", help="show the run as it stands, and end")
-    parser.add_argument(
-        "--every", type=float, default=2.0, metavar="SECONDS", help="between two looks (default: %(default)s)"
-    )
-
-
-def run(flags: argparse.Namespace, arguments: Sequence[str] = ()) -> int:
-    """`watch` with parsed flags; returns 0. SettingError for what cannot work."""
-    watch(flags.run_folder, flags.once, number(flags.every))
-    return 0

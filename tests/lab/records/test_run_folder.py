@@ -15,7 +15,7 @@ import pytest
 
 from alflb_megatron.lab.records import files
 from alflb_megatron.lab.records.metrics_file import HalfWrittenLine, read_metrics
-from alflb_megatron.lab.records.run_folder import CONFIG_KEYS, RunFolder, is_run
+from alflb_megatron.lab.records.run_folder import CONFIG_KEYS, RunFolder, is_run_folder
 from alflb_megatron.lab.records.summary import (
     FIGURE_KEYS,
     maxvio_last,
@@ -138,7 +138,7 @@ def test_a_folder_that_is_no_run_is_refused_and_left_as_it_is(tmp_path):
 def test_somebody_elses_config_does_not_make_a_run(tmp_path):
     for text in ("not JSON", "[]", '{"settings": {}}'):
         (tmp_path / "config.json").write_text(text)
-        assert not is_run(tmp_path)
+        assert not is_run_folder(tmp_path)
         with pytest.raises(SettingError, match="--out"):
             RunFolder(tmp_path)
 
@@ -154,7 +154,7 @@ def test_a_file_is_refused(tmp_path):
 def test_an_empty_folder_and_the_rest_of_a_killed_start_are_accepted(tmp_path):
     (tmp_path / ".config.json.part").write_text('{"sett')
     open_run(tmp_path, steps=1).close()
-    assert is_run(tmp_path) and steps_of(tmp_path) == [1]
+    assert is_run_folder(tmp_path) and steps_of(tmp_path) == [1]
 
 
 def test_a_new_run_replaces_an_earlier_one_without_checkpoints(tmp_path):

@@ -14,12 +14,15 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from alflb_megatron import cli, metrics, rules
+from alflb_megatron import metrics, rules
+from alflb_megatron.lab import cli
 from alflb_megatron.lab.records import metrics_file
-from alflb_megatron.lab.replay.replay import Replay, floor_of, format_table, parse_rules, replay
-from alflb_megatron.lab.replay.replayed_rules import Hindsight, Player, choose
-from alflb_megatron.lab.replay.scores import Gating, Recording, open_scores
-from alflb_megatron.lab.training.job import resolve, resolve_resumed
+from alflb_megatron.lab.replay.command import ReplaySettings, format_table, parse_rules
+from alflb_megatron.lab.replay.recording import Gating, Recording
+from alflb_megatron.lab.replay.replay import replay, sampling_floor_at_any_size
+from alflb_megatron.lab.replay.replayed_rules import HindsightBias, ReplayedRule, choose_experts
+from alflb_megatron.lab.replay.scores import open_scores
+from alflb_megatron.lab.training.resolve import resolve, resolve_resumed
 from alflb_megatron.margins import exact_move
 from alflb_megatron.settings import SettingError, markdown_table
 from tests.distributed import ranks
@@ -52,7 +55,7 @@ def test_a_step_changes_nothing_before_the_next(name: str) -> None:
     changed[9] = changed[9].flip(-1)
     biases = []
     for scores in (stream(), changed):
-        player = Player(rules.make(name), LAYERS, EXPERTS, Gating(TOPK))
+        player = ReplayedRule(rules.make(name), LAYERS, EXPERTS, Gating(TOPK))
         routed_with = []
         for step in scores:
             routed_with.append(player.bias_LE)
@@ -91,7 +94,7 @@ def test_sign_against_numpy() -> None:
                 most += np.sort(s, axis=1)[:, -TOPK:].sum()
             bias = bias + np.float32(step_size) * np.sign(loads.mean() - loads).astype(np.float32)
             bias -= bias.mean()
-        floor = floor_of(TOKENS, TOPK, EXPERTS)
+        floor = sampling_floor_at_any_size(TOKENS, TOPK, EXPERTS)
         assert figures["layer"] == layer + 1
         assert figures["maxvio_mean"] == pytest.approx(np.mean(vio[10:]), abs=1e-3)
         assert figures["maxvio_tail"] == pytest.approx(np.mean(vio[-6:]), abs=1e-3)
@@ -106,18 +109,19 @@ def test_sign_against_numpy() -> None:
 
 def test_quantile_is_replayed_as_the_router_and_the_balancer_would() -> None:
     """Margins of `routing.select`, counted into a window, on scores as a sigmoid gate gives them."""
-    from alflb_megatron.loads import LoadWindow
+    from alflb_megatron.loads import LoadCounter
     from alflb_megatron.routing import Gate, select
 
     rule = rules.make("quantile")
     scores, bias = stream(5)[:, :1], torch.zeros(EXPERTS)
-    player = Player(rule, 1, EXPERTS, Gating(TOPK))
+    player = ReplayedRule(rule, 1, EXPERTS, Gating(TOPK))
     for step in scores:
-        window = LoadWindow(EXPERTS, with_margins=True)
+        window = LoadCounter(EXPERTS, with_margins=True)
         choice = select(step[0].logit(), Gate(TOPK, "sigmoid", threshold=rule.threshold), bias, with_margins=True)
         window.observe(choice.experts_TK, margins_TE=choice.margins_TE)
-        assert (player.step(step)[0] - window.counts_E).abs().max() <= 1, "logit and sigmoid are no exact inverses"
-        stats = rules.Stats(window.counts_E[None], torch.ones(1), window.histogram_EB[None])
+        apart = (player.step(step)[0] - window.tokens_per_expert).abs().max()
+        assert apart <= 1, "logit and sigmoid are no exact inverses"
+        stats = rules.Stats(window.tokens_per_expert[None], torch.ones(1), window.histogram_EB[None])
         bias = rule.step(bias[None], stats, {})[0][0]
         bias = bias - bias.mean()
         assert torch.allclose(player.bias_LE[0], bias, atol=1e-2)
@@ -163,7 +167,7 @@ def test_a_rule_that_gives_no_number_leaves_the_bias_as_it_was() -> None:
         def step(self, bias: Tensor, stats: rules.Stats, state: rules.State) -> tuple[Tensor, rules.State]:
             return torch.full_like(bias, float("nan")), state
 
-    player = Player(Broken(), LAYERS, EXPERTS, Gating(TOPK))
+    player = ReplayedRule(Broken(), LAYERS, EXPERTS, Gating(TOPK))
     player.step(stream(1)[0])
     assert not player.bias_LE.any() and not player.n_L.any()
 
@@ -172,22 +176,22 @@ def test_a_rule_that_gives_no_number_leaves_the_bias_as_it_was() -> None:
 
 
 def test_the_floor_is_simulated_and_at_any_size_quick() -> None:
-    assert floor_of(200, 2, 8) == metrics.sampling_floor(200, 2, 8, draws=1000)
+    assert sampling_floor_at_any_size(200, 2, 8) == metrics.sampling_floor(200, 2, 8, draws=1000)
     simulated = metrics.sampling_floor(500_000, 4, 16, draws=60)
-    assert floor_of(500_000, 4, 16) == pytest.approx(simulated, rel=0.1)  # 60 draws are good to 4%
-    assert 0.9e-3 < floor_of(2_000_000, 8, 16) < 2e-3
-    assert floor_of(2_000_000, 16, 16) == 0
+    assert sampling_floor_at_any_size(500_000, 4, 16) == pytest.approx(simulated, rel=0.1)  # 60 draws are good to 4%
+    assert 0.9e-3 < sampling_floor_at_any_size(2_000_000, 8, 16) < 2e-3
+    assert sampling_floor_at_any_size(2_000_000, 16, 16) == 0
 
 
 def test_an_exact_move_gives_each_expert_the_mean_load_by_itself() -> None:
     scores = stream(1)[0, 0]
     bias = torch.linspace(-0.1, 0.1, EXPERTS)
-    chosen = choose(scores + bias, Gating(TOPK), with_margins=True)
+    chosen = choose_experts(scores + bias, Gating(TOPK), with_margins=True)
     move = exact_move(chosen.margins(rules.Threshold.OWN), TOKENS * TOPK / EXPERTS)
     for expert in range(EXPERTS):
         alone = bias.clone()
         alone[expert] += move[expert]
-        assert int(choose(scores + alone, Gating(TOPK)).loads()[expert]) == TOKENS * TOPK // EXPERTS
+        assert int(choose_experts(scores + alone, Gating(TOPK)).loads()[expert]) == TOKENS * TOPK // EXPERTS
 
 
 def test_hindsight_is_far_below_the_floor_and_near_the_assignment_optimum() -> None:
@@ -195,7 +199,7 @@ def test_hindsight_is_far_below_the_floor_and_near_the_assignment_optimum() -> N
     assert result["hindsight"]["worst_over_floor"] < 0.35
     assert result["hindsight"]["maxvio_worst"] < 0.1
     assert 0.5 < result["hindsight"]["affinity_kept"] < 1
-    hindsight = Hindsight(1, EXPERTS, Gating(TOPK))
+    hindsight = HindsightBias(1, EXPERTS, Gating(TOPK))
     loads, _ = hindsight.step(torch.rand(1, 1, EXPERTS))  # one token: there is nothing to balance
     assert int(loads.sum()) == TOPK and hindsight.sweeps[0] <= 30
 
@@ -203,7 +207,7 @@ def test_hindsight_is_far_below_the_floor_and_near_the_assignment_optimum() -> N
 def test_group_limited_routing_stays_within_its_groups() -> None:
     scores = stream(12)
     gating = Gating(TOPK, "sigmoid", num_groups=4, group_topk=1)
-    experts = choose(scores[0, 0], gating).experts_TK
+    experts = choose_experts(scores[0, 0], gating).experts_TK
     assert torch.equal(experts[:, 0] // 2, experts[:, 1] // 2)
     result = replay(recording(scores, num_groups=4, group_topk=1))
     # a group of two is taken or left as one: each expert's own move would move it by both, and quantile swings for ever
@@ -271,7 +275,7 @@ def test_an_announced_length_is_held(file: Path) -> None:
 
 def test_the_flags_are_documented() -> None:
     page = (Path(cli.__file__).parents[2] / "docs" / "replay.md").read_text(encoding="utf-8")
-    assert markdown_table(Replay) in page
+    assert markdown_table(ReplaySettings) in page
 
 
 # -- recorded training ---------------------------------------------------------------------------------------------
@@ -307,7 +311,7 @@ def test_recorded_scores_and_the_bias_give_the_loads_of_the_run(tmp_path: Path) 
     made = open_scores(tmp_path / "run")
     assert (made.steps, made.first_step, made.gating) == (2, 1, Gating(2, "softmax"))
     assert list(made.layers) == steps[0]["layers"]
-    player = Player(rules.make("quantile"), len(made.layers), made.experts, made.gating)
+    player = ReplayedRule(rules.make("quantile"), len(made.layers), made.experts, made.gating)
     bias_LE = torch.zeros(len(made.layers), made.experts)
     for scores_LTE, step in zip(made, steps, strict=False):
         ranked_LTE = scores_LTE + bias_LE[:, None]
@@ -329,7 +333,7 @@ def _tapped() -> dict[str, Any]:
 
     with ranks.model_parallel():
         router, seen = _router(), []
-        router.score_taps = (seen.append,)
+        router.score_hooks = (seen.append,)
         logits = torch.randn(6, 2, SMALL["num_experts"], requires_grad=True)
         padding = torch.zeros(6, 2, dtype=torch.bool)
         padding[4:, 1] = True
@@ -337,7 +341,7 @@ def _tapped() -> dict[str, Any]:
         router.eval()
         router.routing(logits)
         router.train()
-        router.score_taps = ()
+        router.score_hooks = ()
         router.routing(logits)
         (scores,) = seen
         expected = torch.sigmoid(logits.detach().view(12, -1)[~padding.view(-1)])
@@ -353,5 +357,5 @@ def test_pipeline_stages_and_a_frozen_rule_are_recorded(tmp_path: Path) -> None:
     steps = train(tmp_path / "run", *words, "--record-scores", "3")
     made = open_scores(tmp_path / "run")
     assert made.steps == 3 and list(made.layers) == steps[0]["layers"]
-    player = Player(rules.make("sign", step_size=0.0), len(made.layers), made.experts, made.gating)
+    player = ReplayedRule(rules.make("sign", step_size=0.0), len(made.layers), made.experts, made.gating)
     assert [player.step(scores)[0].tolist() for scores in made] == [step["loads"] for step in steps]

@@ -14,8 +14,10 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from alflb_megatron.lab.replay.scores import FILE, Gating, clear, open_scores
-from alflb_megatron.lab.training.score_recorder import Recorder
+from alflb_megatron.lab.replay.recording import Gating
+from alflb_megatron.lab.replay.score_folder import FILE, remove_recorded_scores
+from alflb_megatron.lab.replay.score_recorder import ScoreRecorder
+from alflb_megatron.lab.replay.scores import open_scores
 from alflb_megatron.settings import SettingError
 
 STEPS, LAYERS, TOKENS, EXPERTS = 3, 2, 5, 4
@@ -205,22 +207,22 @@ def test_a_score_that_is_not_finite_is_named_by_step_and_layer(tmp_path: Path, v
 
 
 class Router:
-    """What a `Recorder` needs of a router."""
+    """What a `ScoreRecorder` needs of a router."""
 
-    score_taps: Any = ()
+    score_hooks: Any = ()
 
 
 def record(folder: Path, rank: int, ranks: int, steps: list[dict[int, Tensor]], first: int = 1, topk: int = 2) -> None:
     """Writes the files of one rank: for each step the scores of its layers."""
     routers = {layer: Router() for layer in steps[0]}
-    recorder = Recorder(folder, routers, Gating(topk, "sigmoid"), rank, ranks, len(steps))
+    recorder = ScoreRecorder(folder, routers, Gating(topk, "sigmoid"), rank, ranks, len(steps))
     for step, layers in enumerate(steps, first):
         for layer, rows in layers.items():
             for part in rows.split(2):  # micro-batches
-                routers[layer].score_taps[0](part)
+                routers[layer].score_hooks[0](part)
         recorder.write(step)
     recorder.write(first + len(steps))  # one more than was asked for: nothing happens
-    assert all(router.score_taps == () for router in routers.values())
+    assert all(router.score_hooks == () for router in routers.values())
 
 
 def test_ranks_are_joined_in_their_order(tmp_path: Path) -> None:
@@ -239,7 +241,7 @@ def test_ranks_are_joined_in_their_order(tmp_path: Path) -> None:
 
 
 def test_a_rank_without_an_moe_layer_is_one_of_the_ranks(tmp_path: Path) -> None:
-    Recorder(tmp_path, {}, Gating(2, "sigmoid"), 0, 2).write(1)
+    ScoreRecorder(tmp_path, {}, Gating(2, "sigmoid"), 0, 2).write(1)
     record(tmp_path, 1, 2, [{5: scores(3, EXPERTS)}])
     assert open_scores(tmp_path).layers == (5,)
 
@@ -266,7 +268,7 @@ def test_run_folders_that_cannot_be_replayed(tmp_path: Path) -> None:
     assert "step 2 has other layers, experts or gating than step 1" in refusal(tmp_path / "mixed")
     record(tmp_path / "topk", 0, 1, whole, topk=9)
     assert "holds topk 9" in refusal(tmp_path / "topk")
-    Recorder(tmp_path / "none", {}, Gating(2, "sigmoid"), 0, 1).write(1)
+    ScoreRecorder(tmp_path / "none", {}, Gating(2, "sigmoid"), 0, 1).write(1)
     assert "step 1 is empty" in refusal(tmp_path / "none")
 
 
@@ -304,7 +306,7 @@ def test_a_write_that_fails_leaves_no_file_under_its_name(tmp_path: Path, monkey
 def test_clear_takes_away_recorded_steps_and_nothing_else(tmp_path: Path) -> None:
     record(tmp_path, 0, 1, [layers((3, 4))] * 3)
     (tmp_path / "scores" / "thesis.txt").write_text("years of work")
-    clear(tmp_path, after=2)
+    remove_recorded_scores(tmp_path, after=2)
     assert open_scores(tmp_path).steps == 2
-    clear(tmp_path)
+    remove_recorded_scores(tmp_path)
     assert [path.name for path in (tmp_path / "scores").iterdir()] == ["thesis.txt"]

@@ -20,7 +20,7 @@ from PIL import Image
 from alflb_megatron.lab.cli import main
 from alflb_megatron.lab.records.history import BINS, History, labels, read_history
 from alflb_megatron.lab.records.metrics_file import read_metrics
-from alflb_megatron.lab.records.steps import Step, floor_of
+from alflb_megatron.lab.records.step_record import StepRecord, sampling_floor_of
 from alflb_megatron.lab.records.summary import maxvio_text
 from alflb_megatron.lab.report.report import PAGE, report
 from alflb_megatron.metrics import max_vio, sampling_floor
@@ -87,22 +87,24 @@ def test_the_history_holds_what_the_run_recorded(ours):
     history, records = read_history(ours, "ours"), list(read_metrics(ours))
     np.testing.assert_array_equal(history.series("loss"), [record["loss"] for record in records])
     assert history.topk == 2 and history.bins == len(records) == 8
-    for row, track in enumerate(history.tracks.values()):
+    for row, track in enumerate(history.layer_histories.values()):
         loads = np.array([record["loads"][row] for record in records])
         assert track.layer == records[0]["layers"][row]
         np.testing.assert_allclose(track.relative_loads(history.bins), loads / loads.mean(1, keepdims=True))
         np.testing.assert_allclose(track.mean("bias", history.bins), [record["bias"][row] for record in records])
-    last = Step.of(records[-1])
+    last = StepRecord.from_json(records[-1])
     assert [layer.maxvio for layer in last.layers] == pytest.approx(
         max_vio(torch.tensor(records[-1]["loads"])).tolist()
     )
-    assert floor_of(last, 2) == pytest.approx(records[-1].get("maxvio_floor") or sampling_floor(256, 2, 4), rel=0.05)
+    assert sampling_floor_of(last, 2) == pytest.approx(
+        records[-1].get("maxvio_floor") or sampling_floor(256, 2, 4), rel=0.05
+    )
     assert {step for step, _ in history.certificates} == {4, 8}
 
 
 def test_the_floor_of_more_tokens_than_are_drawn_is_scaled(ours):
     step = next(read_metrics(ours)) | {"loads": [[2**16] * 4], "layers": [1], "tokens": 2**17, "maxvio_floor": None}
-    assert floor_of(Step.of(step), None) == pytest.approx(sampling_floor(2**17, 2, 4), rel=0.1)
+    assert sampling_floor_of(StepRecord.from_json(step), None) == pytest.approx(sampling_floor(2**17, 2, 4), rel=0.1)
 
 
 def test_a_long_run_is_binned_without_losing_a_step(ours):
@@ -110,8 +112,8 @@ def test_a_long_run_is_binned_without_losing_a_step(ours):
     generator, steps = np.random.default_rng(0), 2 * BINS + 37
     loads = generator.integers(1, 99, size=(steps, 1, 4))
     for step, rows in enumerate(loads, 1):
-        history.add(Step.of(record | {"step": step, "layers": [7], "loads": rows.tolist(), "bias": None}))
-    (track,) = history.tracks.values()
+        history.add(StepRecord.from_json(record | {"step": step, "layers": [7], "loads": rows.tolist(), "bias": None}))
+    (track,) = history.layer_histories.values()
     assert history.width == 4 and history.bins == math.ceil(steps / 4)
     means = track.mean("loads", history.bins)
     np.testing.assert_allclose(means[0], loads[:4, 0].mean(0))

@@ -10,7 +10,7 @@ import sys
 import pytest
 
 from alflb_megatron.lab.records.files import write_json
-from alflb_megatron.lab.records.run_folder import RunFolder, is_run
+from alflb_megatron.lab.records.run_folder import RunFolder, is_run_folder
 from alflb_megatron.lab.sweep.demo import (
     COLUMNS,
     demo,
@@ -192,7 +192,7 @@ def test_a_run_that_no_demo_made_is_left_alone(tmp_path):
     finished_run(tmp_path / "builtin", **figures(2.4, 0.3, 0.2, None, 0.2))
     with pytest.raises(SettingError, match="holds builtin, which no earlier demo made"):
         demo(tmp_path, steps=1, rules=("none", "builtin"))
-    assert is_run(tmp_path / "builtin") and sorted(p.name for p in tmp_path.iterdir()) == ["builtin"]
+    assert is_run_folder(tmp_path / "builtin") and sorted(p.name for p in tmp_path.iterdir()) == ["builtin"]
 
 
 def test_something_else_in_the_folder_of_a_rule_is_left_alone(tmp_path):
@@ -230,4 +230,4 @@ def test_a_demo_trains_compares_and_can_be_repeated(tmp_path, capfd):
         assert record["runs"][rule]["rule"] == rule and record["runs"][rule]["steps"] == 3
     assert main(["--steps", "2", "--nproc", "1", "--rules", "none", "--out", str(out)]) == 0, "over the earlier demo"
     assert json.loads((out / "none" / "summary.json").read_text())["steps"] == 2
-    assert is_run(out / "sign"), "a run that was not asked for stays"
+    assert is_run_folder(out / "sign"), "a run that was not asked for stays"

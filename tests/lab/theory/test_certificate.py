@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from alflb_megatron.lab.theory.certificate import certify, hindsight
+from alflb_megatron.lab.theory.certificate import certify, regret_in_hindsight
 from alflb_megatron.lab.theory.claims.convexity import normal_experts
 from alflb_megatron.lab.theory.curvature import moduli, near_ties
 from alflb_megatron.lab.theory.oracles import minimum_cost_flow
@@ -71,11 +71,11 @@ def test_regret_is_against_the_best_fixed_bias_of_all_steps() -> None:
     """Three batches: nothing is lost by their common best bias, more than that is by every other fixed one."""
     parts = [random_problem(256, 8, 2, seed) for seed in range(3)]
     best = minimum_cost_flow(AssignmentProblem(torch.cat([part.scores for part in parts]), 2))
-    none_lost = hindsight([(part.scores, best.bias) for part in parts], 2)
+    none_lost = regret_in_hindsight([(part.scores, best.bias) for part in parts], 2)
     assert none_lost.regret == pytest.approx(0, abs=1e-12) and none_lost.proof < 1e-12
     assert (none_lost.steps, none_lost.tokens) == (3, 768)
     zero = torch.zeros(8, dtype=torch.float64)
-    lost = hindsight([(part.scores, zero) for part in parts], 2)
+    lost = regret_in_hindsight([(part.scores, zero) for part in parts], 2)
     assert lost.regret == pytest.approx((sum(part.dual(zero) for part in parts) - best.dual) / 768)
     assert lost.regret > 1e-4
 
@@ -84,13 +84,15 @@ def test_a_bias_that_follows_the_scores_beats_every_fixed_one() -> None:
     """Preferences that turn round half way: the best fixed bias is a compromise, so regret is below zero."""
     scores = random_problem(512, 8, 2, seed=1, preference=2.0).scores
     steps = [AssignmentProblem(scores, 2), AssignmentProblem(scores.flip(1), 2)]
-    followed = hindsight([(step.scores, minimum_cost_flow(step).bias) for step in steps], 2)
+    followed = regret_in_hindsight([(step.scores, minimum_cost_flow(step).bias) for step in steps], 2)
     assert followed.regret < -0.01
 
 
 def test_every_step_counts_alike_and_no_steps_are_refused() -> None:
     long, short = random_problem(400, 8, 2, seed=2).scores, random_problem(100, 8, 2, seed=3).scores
-    found = hindsight([(long, torch.zeros(8)), (short, torch.zeros(8))], 2)
-    assert found == hindsight([(long[:100], torch.zeros(8)), (short, torch.zeros(8))], 2) and found.tokens == 200
+    found = regret_in_hindsight([(long, torch.zeros(8)), (short, torch.zeros(8))], 2)
+    assert (
+        found == regret_in_hindsight([(long[:100], torch.zeros(8)), (short, torch.zeros(8))], 2) and found.tokens == 200
+    )
     with pytest.raises(ValueError, match="samples"):
-        hindsight([], 2)
+        regret_in_hindsight([], 2)

@@ -11,12 +11,12 @@ from typing import Any
 import pytest
 import torch
 
-from alflb_megatron import cli
+from alflb_megatron.lab import cli
 from alflb_megatron.lab.replay.scores import open_scores
 from alflb_megatron.lab.theory import command as theory
-from alflb_megatron.lab.theory.certificate import certify, hindsight
+from alflb_megatron.lab.theory.certificate import certify, regret_in_hindsight
 from alflb_megatron.lab.training.certificates import POOLED
-from alflb_megatron.lab.training.job import resolve
+from alflb_megatron.lab.training.resolve import resolve
 from alflb_megatron.settings import SettingError
 from tests.lab.replay.test_replay import train
 
@@ -120,7 +120,7 @@ def test_the_regret_of_a_training_is_that_of_its_scores_and_outlives_the_process
     for at, row in enumerate(regret):
         routed = zip(open_scores(folder), biases, strict=False)
         samples = [(scores_LTE[at], torch.tensor(bias[at])) for scores_LTE, bias in routed]
-        whole = hindsight(samples, 2)
+        whole = regret_in_hindsight(samples, 2)
         assert row["tokens"] == whole.tokens <= POOLED  # so few that the sample is all of them
         assert row["regret"] == pytest.approx(whole.regret, abs=1e-12) and row["proof"] < 1e-9
     # broken off before the summary: nothing is trained again, and the samples are still there

@@ -20,7 +20,7 @@ from alflb_megatron.lab.cli import main
 from alflb_megatron.lab.records import metrics_file
 from alflb_megatron.lab.records.run_folder import saved_settings
 from alflb_megatron.lab.tools import bias
-from alflb_megatron.lab.training.job import resolve, resolve_resumed
+from alflb_megatron.lab.training.resolve import resolve, resolve_resumed
 from alflb_megatron.settings import SettingError
 from tests.distributed import jobs
 
@@ -66,7 +66,7 @@ def test_a_run_is_exported_bit_for_bit_at_any_step(run: Path, tmp_path: Path, ca
 
 
 def test_the_shift_of_an_export(run: Path, tmp_path: Path, capsys: Any) -> None:
-    file, plain = tmp_path / "bias.safetensors", bias.read(run)
+    file, plain = tmp_path / "bias.safetensors", bias.read_biases(run)
     assert main(["bias", "export", str(run), "--out", str(file), "--shift", "auto"]) == 0
     assert plain.lowest < 0 <= huggingface.read(file).lowest
     assert f"shifted by {plain.shift_needed():g}" in capsys.readouterr().err
@@ -178,11 +178,11 @@ def test_a_damaged_record_is_one_line(run: Path, tmp_path: Path, change: Any, sa
     change(last)
     (damaged / "metrics.jsonl").write_text(json.dumps(last) + "\n")
     with pytest.raises(SettingError, match=f"^SOURCE=.*{said}"):
-        bias.read(damaged)
+        bias.read_biases(damaged)
 
 
 def test_steps_and_sources_that_are_not_there(run: Path, tmp_path: Path, capsys: Any) -> None:
-    file = huggingface.save(bias.read(run), tmp_path / "bias.safetensors")
+    file = huggingface.save(bias.read_biases(run), tmp_path / "bias.safetensors")
     for words, said in (
         (["show", str(run), "--step", "9"], f"--step=9: must be a step of the run, which has 1 to {STEPS}"),
         (["show", str(file), "--step", "1"], "--step=1: is for a run"),

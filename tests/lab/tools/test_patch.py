@@ -12,7 +12,7 @@ import pytest
 
 from alflb_megatron.lab.cli import main
 from alflb_megatron.lab.tools import patch as module
-from alflb_megatron.lab.tools.patch import PATCHES, SCRIPT, VERSION_FILE, patches, recognise
+from alflb_megatron.lab.tools.patch import PATCHES, SCRIPT, VERSION_FILE, identify_checkout, patches
 from alflb_megatron.settings import SettingError
 
 CHECKOUT = os.environ.get("MEGATRON_LM_PATH", "")
@@ -141,7 +141,7 @@ def test_a_linked_script_is_changed_where_it_lies(tmp_path: Path) -> None:
 def test_git_is_needed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(SettingError, match="git must be found"):
-        recognise(_tree(tmp_path / "tree"))
+        identify_checkout(_tree(tmp_path / "tree"))
 
 
 def test_check_and_revert_exclude_each_other(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from alflb_megatron import cli
-from alflb_megatron.lab.training.job import Plan, resolve, resolve_resumed
+from alflb_megatron.lab import cli
+from alflb_megatron.lab.training.job import Plan
+from alflb_megatron.lab.training.resolve import resolve, resolve_resumed
 from alflb_megatron.models import PRESETS, ModelShape
 from alflb_megatron.settings import SettingError
 

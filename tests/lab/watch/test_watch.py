@@ -20,7 +20,7 @@ from rich.console import Console
 
 from alflb_megatron.lab.cli import main
 from alflb_megatron.lab.records.metrics_file import read_metrics
-from alflb_megatron.lab.records.steps import Layer
+from alflb_megatron.lab.records.step_record import LayerRecord
 from alflb_megatron.lab.records.summary import maxvio_text
 from alflb_megatron.lab.watch.follow import FollowedRun, MetricsTail
 from alflb_megatron.lab.watch.view import BLOCKS, PLAIN, frame, levels, loads_text, sparkline
@@ -187,7 +187,7 @@ def test_characters_for_values():
     text, many, means = sparkline(np.array([1.0] * 40 + [10.0] * 40), 8, BLOCKS)
     assert text == "▁▁▁▁████" and many == 80 and means.tolist() == [1.0] * 4 + [10.0] * 4
     assert sparkline(np.array([np.nan, 0.0]), 8, BLOCKS)[0] == ""
-    layer = Layer(1, np.array([0.0, 1.0, 3.0, 0.0]), np.array([]), float("nan"))
+    layer = LayerRecord(1, np.array([0.0, 1.0, 3.0, 0.0]), np.array([]), float("nan"))
     assert loads_text(layer, 8, PLAIN).plain == "x+@x"
     assert loads_text(layer, 2, PLAIN).plain == "@x", "largest first where there is no room for all"
 

@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from alflb_megatron.lab.display.plots import COLOURS, comparison_figure, plot_comparison, smooth
+from alflb_megatron.lab.display.plot_style import COLOURS, trailing_mean
 from alflb_megatron.lab.records.run_folder import RunFolder
 from alflb_megatron.lab.records.summary import summarise
+from alflb_megatron.lab.sweep.comparison import comparison_figure, plot_comparison
 from alflb_megatron.metrics import sampling_floor
 
 
@@ -109,7 +110,7 @@ def test_sampling_floor_refuses_impossible_sizes(sizes):
 
 
 def test_smoothing_is_a_trailing_mean_over_fewer_steps_at_the_start():
-    np.testing.assert_allclose(smooth(np.array([4.0, 2.0, 0.0, 6.0]), 3), [4.0, 3.0, 2.0, 8 / 3])
+    np.testing.assert_allclose(trailing_mean(np.array([4.0, 2.0, 0.0, 6.0]), 3), [4.0, 3.0, 2.0, 8 / 3])
 
 
 def test_the_picture_has_its_axes_lines_and_labels(runs):

@@ -1,4 +1,4 @@
-"""What a step's record says of the MoE layers, from what the balancer saw."""
+"""The metrics of a training: of a step, from what the balancer saw on every pipeline stage; of the whole run."""
 
 from __future__ import annotations
 
@@ -6,10 +6,14 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+import torch
+import torch.distributed as dist
+
+from alflb_megatron import metrics
 from alflb_megatron.balancer import Record
 
 
-def layer_rows(last: Record | None) -> list[dict[str, Any]]:
+def layer_metrics(last: Record | None) -> list[dict[str, Any]]:
     """A row for each MoE layer of this pipeline stage, plain numbers that can be sent to others."""
     if last is None:
         return []
@@ -25,8 +29,8 @@ def layer_rows(last: Record | None) -> list[dict[str, Any]]:
     return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
 
 
-def of_layers(rows: Sequence[dict[str, Any]], floor: float) -> dict[str, Any]:
-    """The keys of `record.STEP_KEYS` that are about the layers, and gain and bias where there are any.
+def step_metrics(rows: Sequence[dict[str, Any]], floor: float) -> dict[str, Any]:
+    """The keys of `metrics_file.STEP_KEYS` that are about the layers, and gain and bias where there are any.
 
     `rows` are those of all pipeline stages, `floor` is the sampling floor of MaxVio.
     """
@@ -45,3 +49,24 @@ def of_layers(rows: Sequence[dict[str, Any]], floor: float) -> dict[str, Any]:
     if not all(math.isnan(row["gain"]) for row in rows):
         found["gain"] = [row["gain"] for row in rows]
     return found
+
+
+def gather_over_stages(rows: list[Any], group: dist.ProcessGroup) -> list[Any]:
+    """The rows of all ranks of the pipeline-parallel `group`, stage after stage, on each of them."""
+    stages = dist.get_world_size(group)
+    if stages == 1:
+        return rows
+    everywhere: list[Any] = [None] * stages
+    dist.all_gather_object(everywhere, rows, group=group)
+    return [row for stage in everywhere for row in stage]
+
+
+def validation_metrics(loss: float, loads: Sequence[Sequence[int]]) -> dict[str, Any]:
+    """What summary.json says of the validation set: its loss, and MaxVio of each MoE layer's loads over all of it."""
+    vio = metrics.max_vio(torch.tensor(loads))
+    return {
+        "validation_loss": loss,
+        "maxvio_global_mean": float(vio.mean()),
+        "maxvio_global_max": float(vio.max()),
+        "validation_loads": [list(row) for row in loads],
+    }

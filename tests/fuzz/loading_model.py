@@ -5,13 +5,14 @@ from __future__ import annotations
 import functools
 from typing import Any
 
-from alflb_megatron.lab.training.job import Plan, resolve
+from alflb_megatron.lab.training.job import Plan
+from alflb_megatron.lab.training.resolve import resolve
 from tests.fuzz.seeds import JOB, SHAPE
 
 
 @functools.cache
-def there() -> tuple[Plan, Any]:
-    """The plan and the trainee, on process groups of one rank."""
+def plan_and_model() -> tuple[Plan, Any]:
+    """The plan and the model with its optimizer, on process groups of one rank."""
     import torch.distributed as dist
     from megatron.core import parallel_state
 
@@ -21,4 +22,4 @@ def there() -> tuple[Plan, Any]:
     parallel_state.initialize_model_parallel()
     build.seed_ranks(1234)
     plan = resolve({**JOB, "steps": 2, "rule": "adaptive"}, SHAPE, {})
-    return plan, build.trainee(plan)
+    return plan, build.setup_model_and_optimizer(plan)

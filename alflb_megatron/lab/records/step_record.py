@@ -26,14 +26,14 @@ SIMULATED = 1 << 16
 """Tokens of a simulated draw at the most. The floor falls with the root of the tokens where loads are large."""
 
 
-def number(value: Any) -> float:
+def as_number(value: Any) -> float:
     """`value` as a float; nan where it is none, or so large that sums of it would not be finite."""
     if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < 1e100:
         return nan
     return float(value)
 
 
-def clean(text: Any, length: int = 500) -> str:
+def clean_text(text: Any, length: int = 500) -> str:
     """`text` on one line, of `length` characters at the most; what cannot be printed (a terminal's codes) becomes ?."""
     line = "".join(c if c.isprintable() else " " if c in "\n\t" else "?" for c in str(text))
     return line if len(line) <= length else line[: length - 1] + "…"
@@ -41,7 +41,7 @@ def clean(text: Any, length: int = 500) -> str:
 
 def _row(value: Any) -> Array:
     """A list of numbers as float64 [n], nan for what is no number; [0] where it is no list."""
-    return np.array([number(item) for item in value] if isinstance(value, list) else [], dtype=np.float64)
+    return np.array([as_number(item) for item in value] if isinstance(value, list) else [], dtype=np.float64)
 
 
 def _rows(value: Any) -> list[Any]:
@@ -49,11 +49,11 @@ def _rows(value: Any) -> list[Any]:
 
 
 def _texts(value: Any) -> list[str]:
-    return [clean(item) for item in _rows(value)]
+    return [clean_text(item) for item in _rows(value)]
 
 
 @dataclass(frozen=True)
-class Layer:
+class LayerRecord:
     """What one MoE layer did in one step. Loads and bias are float64 [E], the bias [0] where there is none."""
 
     number: int
@@ -76,8 +76,8 @@ class Layer:
 
 
 @dataclass(frozen=True)
-class Step:
-    """One record of metrics.jsonl; see `record.STEP_KEYS` for units. A figure that it lacks is nan."""
+class StepRecord:
+    """One record of metrics.jsonl; see `metrics_file.STEP_KEYS` for units. A figure that it lacks is nan."""
 
     step: int
     loss: float
@@ -89,7 +89,7 @@ class Step:
     maxvio_max: float
     bias_spread: float
     floor: float
-    layers: list[Layer]
+    layers: list[LayerRecord]
     alarms: list[str]
     rejected: list[str]
     skipped: bool
@@ -98,29 +98,29 @@ class Step:
     certificates: list[dict[str, Any]]
 
     @classmethod
-    def of(cls, record: Mapping[str, Any]) -> Step:
+    def from_json(cls, record: Mapping[str, Any]) -> StepRecord:
         """Reads a record; what `maxvio_mean`, `maxvio_max` and `bias_spread` lack follows from loads and biases.
 
         ValueError where its step is no number of a step.
         """
-        if not 0 <= (at := number(record.get("step"))) <= EXACT:
-            raise ValueError(f"a record of step {clean(record.get('step'), 40)}")
+        if not 0 <= (at := as_number(record.get("step"))) <= EXACT:
+            raise ValueError(f"a record of step {clean_text(record.get('step'), 40)}")
         loads, bias, gain = (_rows(record.get(key)) for key in ("loads", "bias", "gain"))
         names = _rows(record.get("layers"))
         layers = []
         for i, row in enumerate(loads):
-            name = number(names[i]) if i < len(names) else nan
+            name = as_number(names[i]) if i < len(names) else nan
             bias_E = _row(bias[i]) if i < len(bias) else _row(None)
             layers.append(
-                Layer(
+                LayerRecord(
                     number=int(name) if abs(name) <= EXACT else i + 1,
                     loads_E=(loads_E := _row(row)),
                     bias_E=bias_E if len(bias_E) == len(loads_E) else _row(None),
-                    gain=number(gain[i]) if i < len(gain) else nan,
+                    gain=as_number(gain[i]) if i < len(gain) else nan,
                 )
             )
-        figures = {key: number(record.get(key)) for key in ("loss", "lr", "grad_norm", "seconds", "tokens")}
-        measured = {key: number(record.get(key)) for key in ("maxvio_mean", "maxvio_max", "bias_spread")}
+        figures = {key: as_number(record.get(key)) for key in ("loss", "lr", "grad_norm", "seconds", "tokens")}
+        measured = {key: as_number(record.get(key)) for key in ("maxvio_mean", "maxvio_max", "bias_spread")}
         vios = [layer.maxvio for layer in layers]
         if vios and math.isnan(measured["maxvio_mean"]):
             measured["maxvio_mean"] = float(np.mean(vios))
@@ -130,12 +130,12 @@ class Step:
             measured["bias_spread"] = float(np.max([layer.spread for layer in layers]))
         return cls(
             step=int(at),
-            floor=number(record.get("maxvio_floor")),
+            floor=as_number(record.get("maxvio_floor")),
             layers=layers,
             alarms=_texts(record.get("alarms")),
             rejected=_texts(record.get("rejected")),
             skipped=record.get("skipped") is True,
-            diverged="loss" in record and not math.isfinite(number(record["loss"])),
+            diverged="loss" in record and not math.isfinite(as_number(record["loss"])),
             certificates=[row for row in _rows(record.get("certificates")) if isinstance(row, dict)],
             **figures,
             **measured,
@@ -149,7 +149,7 @@ def _scaled_floor(tokens: int, topk: int, experts: int) -> float:
     return sampling_floor(drawn, topk, experts, draws=draws) * math.sqrt(drawn / tokens)
 
 
-def floor_of(step: Step, topk: int | None) -> float:
+def sampling_floor_of(step: StepRecord, topk: int | None) -> float:
     """The sampling floor of MaxVio of a step, mean over its layers: what it records, or a simulation of its sizes.
 
     `topk` (experts a token) is found from loads and tokens where it is None. nan where the sizes are not known.
@@ -166,7 +166,7 @@ def floor_of(step: Step, topk: int | None) -> float:
     return sum(floors) / len(floors) if floors else nan
 
 
-def mapping(value: Any) -> dict[str, Any]:
+def as_object(value: Any) -> dict[str, Any]:
     """`value` if it is a JSON object, {} otherwise."""
     return value if isinstance(value, dict) else {}
 
@@ -178,7 +178,7 @@ def read_object(path: Path) -> dict[str, Any]:
     except (FileNotFoundError, NotADirectoryError):
         return {}
     except ValueError as error:
-        raise ValueError(f"{path}: not JSON ({clean(error, 200)})") from None
+        raise ValueError(f"{path}: not JSON ({clean_text(error, 200)})") from None
     if not isinstance(value, dict):
         raise ValueError(f"{path}: not a JSON object")
     return value

@@ -1,4 +1,4 @@
-"""Writes the scores of a training run, as `lab/replay/scores.py` reads them: one file a step and rank."""
+"""Writes the router scores of a training run, as `score_folder.py` reads them: one file a step and rank."""
 
 from __future__ import annotations
 
@@ -11,11 +11,12 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
-from alflb_megatron.lab.records.files import write_whole
-from alflb_megatron.lab.replay.scores import FILE, FOLDER, FORMAT, Gating
+from alflb_megatron.lab.records.files import write_atomically
+from alflb_megatron.lab.replay.recording import Gating
+from alflb_megatron.lab.replay.score_folder import FILE, FOLDER, FORMAT
 
 
-class Recorder:
+class ScoreRecorder:
     """Takes the scores of each global batch from the routers of one rank and writes them, one file a step.
 
     Args:
@@ -43,7 +44,7 @@ class Recorder:
         self._seen: dict[int, list[Tensor]] = {layer: [] for layer in self.routers}
         self._taps = {layer: self._tap(layer) for layer in self.routers}
         for layer, router in self.routers.items():
-            router.score_taps = (*router.score_taps, self._taps[layer])
+            router.score_hooks = (*router.score_hooks, self._taps[layer])
 
     def _tap(self, layer: int) -> Callable[[Tensor], None]:
         def tap(scores_TE: Tensor) -> None:
@@ -59,10 +60,10 @@ class Recorder:
         path = self.folder / FILE.format(step=step, rank=self.rank)
         about = {"format": FORMAT, "step": str(step), "ranks": str(self.ranks), **self.gating.as_metadata()}
         tensors = {f"layer_{layer}": torch.cat(parts) for layer, parts in self._seen.items() if parts}
-        write_whole(path, [save(tensors, metadata=about)])
+        write_atomically(path, [save(tensors, metadata=about)])
         for parts in self._seen.values():
             parts.clear()
         self.left -= 1
         if self.left == 0:
             for layer, router in self.routers.items():
-                router.score_taps = tuple(tap for tap in router.score_taps if tap is not self._taps[layer])
+                router.score_hooks = tuple(tap for tap in router.score_hooks if tap is not self._taps[layer])
