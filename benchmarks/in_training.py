@@ -28,7 +28,7 @@ from alflb_megatron.lab.records.files import write_json
 from alflb_megatron.lab.records.metrics_file import read_metrics
 from alflb_megatron.lab.records.summary import maxvio_text
 from alflb_megatron.lab.records.versions import git_revision
-from alflb_megatron.lab.sweep.demo import TrainingFailed, failure
+from alflb_megatron.lab.sweep.demo import TrainingFailed, failure_text
 from alflb_megatron.lab.training.job import Plan
 from alflb_megatron.lab.training.resolve import resolve
 from alflb_megatron.metrics import sampling_floor
@@ -107,7 +107,7 @@ def logged(name: str, command: Sequence[str], log: Path, environment: Mapping[st
         code = subprocess.run(command, stdin=subprocess.DEVNULL, stdout=file, stderr=file, env=environment).returncode
         file.seek(0)
         if code != 0:
-            raise TrainingFailed(failure(name, code, file.read()))
+            raise TrainingFailed(failure_text(name, code, file.read()))
 
 
 def train(name: str, options: Mapping[str, Any], out: Path) -> str:

@@ -13,8 +13,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from alflb_megatron.lab.theory import command as theory
 from alflb_megatron.lab.theory import plots as theory_plots
+from alflb_megatron.lab.theory import tables as theory_tables
 from benchmarks import (
     all_reduce,
     balance,
@@ -208,8 +208,8 @@ def theory_page() -> str:
     found = results("theory")
     if not found:
         return text
-    tables = {name: theory.markdown_table(claim) for name, claim in found["claims"].items()}
-    tables["sweep"] = f"{theory.sweep_table(found['claims']['regret']['figures'])}\n\n{made(found)}"
+    tables = {name: theory_tables.markdown_table(claim) for name, claim in found["claims"].items()}
+    tables["sweep"] = f"{theory_tables.sweep_table(found['claims']['regret']['figures'])}\n\n{made(found)}"
     for name, table in tables.items():
         between = f"<!-- {name} -->\n{table}\n<!-- /{name} -->"
         text = re.sub(rf"<!-- {name} -->.*<!-- /{name} -->", lambda _, b=between: b, text, flags=re.S)  # type: ignore[misc]

@@ -115,7 +115,7 @@ def kept_bytes(rule: Rule, layers: int, experts: int) -> dict[str, int]:
     state = _bytes(list(rule.init(layers, experts).values()))
     state += _bytes([torch.zeros(layers, experts), torch.zeros(layers, dtype=torch.int64)])
     window = LoadCounter(experts, with_margins=rule.threshold is not None)
-    return {"state": state, "window": layers * _bytes([part for part in window.now() if part is not None])}
+    return {"state": state, "window": layers * _bytes([part for part in window.local() if part is not None])}
 
 
 def batch(layers: int, experts: int, threshold: margins.Threshold, topk: int = TOPK) -> tuple[Tensor, Tensor]:
@@ -129,7 +129,7 @@ def batch(layers: int, experts: int, threshold: margins.Threshold, topk: int = T
         experts_TK = experts_TJ[:, :topk]
         window = LoadCounter(experts, with_margins=True)
         window.observe(experts_TK, margins_TE=margins.of_top(scores_TE, top_TJ, experts_TK, threshold))
-        seen.append(window.now())
+        seen.append(window.local())
     turn = [seen[layer % len(seen)] for layer in range(layers)]
     histograms = [one.histogram_EB for one in turn if one.histogram_EB is not None]
     return torch.stack([one.loads_E for one in turn]), torch.stack(histograms)

@@ -14,6 +14,7 @@ import torch
 
 from alflb_megatron.lab.records.files import write_json
 from alflb_megatron.lab.theory import command as theory
+from alflb_megatron.lab.theory.tables import format_table
 from benchmarks import machine
 
 
@@ -31,7 +32,7 @@ def main() -> None:
     else:
         results["machine"] = machine.describe()
     write_json(out, results)
-    print(theory.format_table(results))
+    print(format_table(results))
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from alflb_megatron.config import PREFIX, ALFConfig
 from alflb_megatron.hosts import cpu
 from alflb_megatron.hosts.cpu import trainers
 from alflb_megatron.lab.data.prepare import Preparation
-from alflb_megatron.lab.sweep import collect, figures, plan, tables
+from alflb_megatron.lab.sweep import collect, figures, plan_file, tables
 from alflb_megatron.lab.training.job import Job
 from alflb_megatron.models import ModelShape
 from alflb_megatron.settings import markdown_table
@@ -184,8 +184,8 @@ def results() -> str:
     text = (HERE / "results.md").read_text(encoding="utf-8")
     for name in SWEEPS:
         rows = collect.read_csv(HERE / "results" / f"{name}-mini.csv")
-        sweep = plan.read(plan.find(name), "mini")
-        block = tables.page(sweep, rows, figures.names(name, rows), folder="results/")
+        sweep = plan_file.read_plan(plan_file.find_plan(name), "mini")
+        block = tables.sweep_page(sweep, rows, figures.figure_files(name, rows), folder="results/")
         between = f"<!-- {name} -->\n\n{block}\n<!-- /{name} -->"
         text = re.sub(rf"<!-- {name} -->.*<!-- /{name} -->", lambda _, new=between: new, text, flags=re.S)
     return text
@@ -194,7 +194,7 @@ def results() -> str:
 def draw_results() -> None:
     """Every figure of docs/results.md."""
     for name in SWEEPS:
-        figures.draw(name, collect.read_csv(HERE / "results" / f"{name}-mini.csv"), HERE / "results")
+        figures.draw_figures(name, collect.read_csv(HERE / "results" / f"{name}-mini.csv"), HERE / "results")
 
 
 PAGES = {

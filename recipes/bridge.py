@@ -3,8 +3,8 @@
     torchrun --nproc-per-node 8 -m alflb_megatron.recipes.bridge deepseek_moe_1b_alflb rule=sign data=PREFIX ep=4
     torchrun --nproc-per-node 2 -m alflb_megatron.recipes.bridge deepseek_moe_tiny_alflb train.train_iters=20
 
-What follows the recipe's name are words of ours, each short for several of Bridge's overrides (`SHORT`, `PRECISIONS`),
-and Bridge's own overrides, by field of its `ConfigContainer`. In Python:
+What follows the recipe's name are words of ours, each short for several of Bridge's overrides (`SHORTCUTS`,
+`PRECISIONS`), and Bridge's own overrides, by field of its `ConfigContainer`. In Python:
 
     cfg = deepseek_moe_1b_alflb_pretrain_config()
     pretrain(cfg, forward_step, callbacks=[ALFLBCallback()])
@@ -123,7 +123,7 @@ def _without_cuda(cfg: ConfigContainer) -> ConfigContainer:
     return cfg
 
 
-SHORT: dict[str, tuple[str, ...]] = {
+SHORTCUTS: dict[str, tuple[str, ...]] = {
     "rule": ("model.alflb.rule={}",),
     "step_size": ("model.alflb.step_size={}",),
     "gate": ("model.moe_router_score_function={}",),
@@ -154,7 +154,7 @@ CHOICES = {"gate": ("sigmoid", "softmax"), "precision": tuple(PRECISIONS)}
 def _in_bridges_words(override: str) -> list[str]:
     """An override as Bridge knows it, where it is one of ours; `SettingError` on a value that cannot work."""
     name, equals, value = override.partition("=")
-    if not equals or name not in {*SHORT, "precision"}:
+    if not equals or name not in {*SHORTCUTS, "precision"}:
         return [override]
     if name in CHOICES and value not in CHOICES[name]:
         raise SettingError(name, value, f"must be one of {', '.join(CHOICES[name])}")
@@ -162,11 +162,11 @@ def _in_bridges_words(override: str) -> list[str]:
         return list(PRECISIONS[value])
     if name in ("data", "tokenizer"):  # Hydra reads commas, spaces and the like of an unquoted path
         value = "'" + value.replace("'", "\\'") + "'"
-    words = SHORT[name][:1] if (name, value) == ("tp", "1") else SHORT[name]
+    words = SHORTCUTS[name][:1] if (name, value) == ("tp", "1") else SHORTCUTS[name]
     return [word.format(value) for word in words]
 
 
-def configured(recipe: str, overrides: list[str]) -> ConfigContainer:
+def recipe_config(recipe: str, overrides: list[str]) -> ConfigContainer:
     """The recipe with our words and Bridge's overrides applied.
 
     Raises `SettingError` on an unknown recipe, on an override that Bridge refuses, and on one that it would skip
@@ -189,7 +189,7 @@ def main(arguments: list[str]) -> None:
     if not arguments or arguments[0] in ("-h", "--help"):
         sys.exit(__doc__)
     exit_on_setting_error()
-    cfg: Any = configured(arguments[0], arguments[1:])
+    cfg: Any = recipe_config(arguments[0], arguments[1:])
     cfg.model.finalize()
     pretrain(cfg, forward_step, callbacks=[ALFLBCallback()])
 

@@ -7,8 +7,9 @@
         nemo llm pretrain --factory "deepseek_moe_1b_alflb(num_nodes=2)" --yes
 
 What follows `--` runs under torchrun on every node: a Python script, `-m MODULE`, or any program. `--dryrun` prints
-what would be submitted. In Python `local`, `slurm` and `skypilot` give the executors, and `start` runs a `run.Script`
-or `run.Partial` under one. NeMo-Run keeps its records in NEMORUN_HOME, by default `~/.nemo_run`.
+what would be submitted. In Python `local_executor`, `slurm_executor` and `skypilot_executor` give the executors, and
+`start` runs a `run.Script` or `run.Partial` under one. NeMo-Run keeps its records in NEMORUN_HOME, by default
+`~/.nemo_run`.
 """
 
 from __future__ import annotations
@@ -48,7 +49,7 @@ class Job:
 
 
 @dataclass(frozen=True)
-class Contained(Job):
+class ContainerJob(Job):
     """A job that runs in a container, somewhere else."""
 
     container_image: str = knob("", "image of the container; empty for none")
@@ -65,7 +66,7 @@ class Contained(Job):
 
 
 @dataclass(frozen=True)
-class SlurmJob(Contained):
+class SlurmJob(ContainerJob):
     """A job for Slurm with pyxis; without `host` this machine is one that can submit."""
 
     account: str = knob("", "account to charge; needed")
@@ -88,7 +89,7 @@ class SlurmJob(Contained):
 
 
 @dataclass(frozen=True)
-class SkypilotJob(Contained):
+class SkypilotJob(ContainerJob):
     """A job for SkyPilot, in the cloud that `infra` names or the cheapest it finds."""
 
     accelerator: str = knob("H100", "kind of GPU, of which each node has as many as processes")
@@ -116,7 +117,7 @@ def _nemo_run() -> Any:
     return importlib.import_module("nemo_run")
 
 
-def local(job: Job) -> Any:
+def local_executor(job: Job) -> Any:
     """NeMo-Run's executor for this machine, with torchrun. Raises `SettingError` for more than one node."""
     import torch
 
@@ -135,7 +136,7 @@ COMPILED = {"TORCHDYNAMO_DISABLE": "0"}
 """For the machines of a cluster: a recipe built on one without CUDA has set this here, and Slurm hands it on."""
 
 
-def slurm(job: SlurmJob) -> Any:
+def slurm_executor(job: SlurmJob) -> Any:
     """NeMo-Run's executor for Slurm: one torchrun a node, the code that of the container."""
     run = _nemo_run()
     if job.host:
@@ -162,7 +163,7 @@ def slurm(job: SlurmJob) -> Any:
     )
 
 
-def skypilot(job: SkypilotJob) -> Any:
+def skypilot_executor(job: SkypilotJob) -> Any:
     """NeMo-Run's executor for SkyPilot. Code travels as the Git repository that this is called in.
 
     Raises ImportError where SkyPilot is missing: NeMo-Run cannot make the executor, nor a dry run, without it.
@@ -188,10 +189,10 @@ def skypilot(job: SkypilotJob) -> Any:
 
 PACKED = "packed"
 
-PLACES: dict[str, tuple[type[Job], Any]] = {
-    "local": (Job, local),
-    "slurm": (SlurmJob, slurm),
-    "skypilot": (SkypilotJob, skypilot),
+EXECUTORS: dict[str, tuple[type[Job], Any]] = {
+    "local": (Job, local_executor),
+    "slurm": (SlurmJob, slurm_executor),
+    "skypilot": (SkypilotJob, skypilot_executor),
 }
 
 
@@ -265,12 +266,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     split = words.index("--") if "--" in words else len(words)
     parser = argparse.ArgumentParser(prog="python -m alflb_megatron.recipes.launch", description=__doc__.split("\n")[0])
     places = parser.add_subparsers(dest="place", required=True)
-    for place, (cls, make) in PLACES.items():
+    for place, (cls, make) in EXECUTORS.items():
         one = places.add_parser(place, help=make.__doc__.split("\n")[0], usage="%(prog)s [FLAG...] -- COMMAND...")
         one.add_argument("--dryrun", action="store_true", help="print what would be submitted")
         add_flags(one, cls)
     given = parser.parse_args(words[:split])
-    cls, make = PLACES[given.place]
+    cls, make = EXECUTORS[given.place]
     try:
         job = from_mapping(cls, given_flags(given, cls))
         executor, command = make(job), words[split + 1 :]

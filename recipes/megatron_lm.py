@@ -39,7 +39,7 @@ PATCHED = "from alflb_megatron.hosts import megatron_lm"
 # -- ALF-LB, by flags or by the environment --------------------------------------------------------------------------
 
 
-def balancing(alf: ALFConfig | None, patched: bool) -> tuple[list[str], dict[str, str]]:
+def alflb_arguments(alf: ALFConfig | None, patched: bool) -> tuple[list[str], dict[str, str]]:
     """What turns ALF-LB on: further arguments and environment variables; the knobs are those that were changed."""
     if alf is None:
         return [], {}
@@ -100,7 +100,7 @@ def command(recipe: Recipe, further: Sequence[str] = ()) -> Command:
     """The command of a recipe; `further` are arguments of `pretrain_gpt.py` that win over the recipe's."""
     launch, training = recipe.launch, recipe.training
     checkout = Path(launch.megatron_lm).resolve()
-    flags, environment = balancing(recipe.alf, is_patched(checkout))
+    flags, environment = alflb_arguments(recipe.alf, is_patched(checkout))
     launcher = ["--nproc-per-node", str(training.gpus)]
     if training.nodes > 1:
         if not launch.rendezvous and outer_ranks() is None:

@@ -6,10 +6,10 @@
 The `nemo` command finds them through the entry-point group `nemo_run.cli`. In Python they are functions that return a
 `run.Partial`, to be changed and given to `run.run` or to `alflb_megatron.recipes.launch`.
 
-Shapes come from `alflb_megatron.models`, batch, steps, learning rate and optimizer from `recipes/training.py`. The data
-are made up (`recipes/nemo_data.py`) and the tokenizer does nothing, so that nothing is downloaded, until `data` names
-a Megatron .bin/.idx pair and `tokenizer` one of Hugging Face; the embedding keeps its 32,064 entries, unless
-`model.config.vocab_size` is set.
+The models are in `recipes/nemo_model.py`, their shapes in `alflb_megatron.models`, batch, steps, learning rate and
+optimizer in `recipes/training.py`. The data are made up (`recipes/nemo_data.py`) and the tokenizer does nothing, so
+that nothing is downloaded, until `data` names a Megatron .bin/.idx pair and `tokenizer` one of Hugging Face; the
+embedding keeps its 32,064 entries, unless `model.config.vocab_size` is set.
 
 What follows the installation is decided where the recipe runs, not where it is built: on a GPU with Transformer Engine
 its layers, grouped GEMM, permute fusion and RoPE fusion are used, else Megatron-Core's own layers; the optimizer is
@@ -21,7 +21,6 @@ machine that it is built on.
 # `from __future__ import annotations` here, and knows Optional[float] but not float | None.
 # ruff: noqa: UP045
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any, Optional
 
 import torch
@@ -29,88 +28,24 @@ import torch
 from alflb_megatron.hosts.nemo import ALFLB  # first: without CUDA it makes NeMo runnable
 from alflb_megatron.models import PRESETS
 from alflb_megatron.recipes.nemo_data import data_of
+from alflb_megatron.recipes.nemo_model import (  # checkpoints name the model's parts by this module
+    CUDA,
+    DeepSeekMoEConfig,  # noqa: F401
+    block_spec,  # noqa: F401
+    model_of,
+)
 from alflb_megatron.recipes.training import training_of
 from alflb_megatron.settings import SettingError
 
-import lightning.pytorch as pl  # isort: skip
 import nemo_run as run  # isort: skip
 from megatron.core.distributed import DistributedDataParallelConfig  # isort: skip
-from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec  # isort: skip
-from megatron.core.utils import is_te_min_version  # isort: skip
 from nemo import lightning as nl  # isort: skip
 from nemo.collections.llm.api import pretrain  # isort: skip
-from nemo.collections.llm.gpt.data.mock import HAVE_TE  # isort: skip
-from nemo.collections.llm.gpt.model.base import GPTConfig, GPTModel  # isort: skip
 from nemo.collections.llm.recipes import deepseek  # isort: skip
 from nemo.collections.llm.recipes.log.default import default_log, default_resume, tensorboard_logger  # isort: skip
 from nemo.collections.llm.recipes.optim.adam import distributed_fused_adam_with_cosine_annealing  # isort: skip
 from nemo.collections.llm.recipes.precision.mixed_precision import bf16_mixed  # isort: skip
 from nemo.utils.exp_manager import TimingCallback  # isort: skip
-
-CUDA = torch.cuda.is_available()
-TE = HAVE_TE and CUDA
-
-
-def block_spec(config: Any, vp_stage: int | None = None) -> Any:
-    """Megatron-Core's decoder block, of Transformer Engine's layers where it is installed."""
-    return get_gpt_decoder_block_spec(config, use_transformer_engine=TE, vp_stage=vp_stage)
-
-
-@dataclass
-class DeepSeekMoEConfig(GPTConfig):
-    """What the recipes' models share: a GPT of SwiGLU experts, with the fusions that this machine has."""
-
-    transformer_layer_spec: Any = block_spec
-    activation_func: Callable = torch.nn.functional.silu
-    gated_linear_unit: bool = True
-    add_bias_linear: bool = False
-    moe_token_dispatcher_type: str = "alltoall"
-    moe_router_load_balancing_type: str = "none"
-    moe_router_dtype: str | None = "fp32"
-    moe_grouped_gemm: bool = TE
-    moe_permute_fusion: bool = TE and is_te_min_version("2.1.0")
-    apply_rope_fusion: bool = TE
-    masked_softmax_fusion: bool = CUDA
-    cross_entropy_loss_fusion: bool = CUDA
-    bias_dropout_fusion: bool = CUDA
-
-
-# -- models ------------------------------------------------------------------------------------------------------------
-
-
-def _model(preset: str, gate: str = "sigmoid", seq_length: int | None = None) -> run.Config[pl.LightningModule]:
-    shape = PRESETS[preset]
-    if gate not in ("sigmoid", "softmax"):
-        raise SettingError("gate", gate, "must be one of sigmoid, softmax")
-    fields = {**shape.transformer_fields(), **shape.embedding_fields(), "moe_router_score_function": gate}
-    for name in ("normalization", "gated_linear_unit", "add_bias_linear"):
-        if fields[name] == getattr(DeepSeekMoEConfig, name):
-            del fields[name]
-    fields["seq_length"] = seq_length or shape.seq_length
-    config = run.Config(DeepSeekMoEConfig, vocab_size=shape.vocab_size, **fields)
-    return run.Config(GPTModel, config=config)
-
-
-@run.cli.factory(name="deepseek_moe_1b_alflb")
-def deepseek_moe_1b_model(gate: str = "sigmoid") -> run.Config[pl.LightningModule]:
-    """The 1B model: 9 MoE layers of 64 experts, 6 active, and 2 shared; `nemo llm pretrain model=...`."""
-    return _model("deepseek-moe-1b", gate)
-
-
-@run.cli.factory(name="deepseek_moe_3b_alflb")
-def deepseek_moe_3b_model(gate: str = "sigmoid") -> run.Config[pl.LightningModule]:
-    """The 3B model: 11 MoE layers of 64 experts, 6 active, and 2 shared; `nemo llm pretrain model=...`."""
-    return _model("deepseek-moe-3b", gate)
-
-
-@run.cli.factory(name="deepseek_moe_tiny_alflb")
-def deepseek_moe_tiny_model(gate: str = "sigmoid") -> run.Config[pl.LightningModule]:
-    """3 MoE layers of 16 experts, 2 active, and a shared one; `nemo llm pretrain model=...`."""
-    return _model("tiny", gate)
-
-
-# -- recipes -----------------------------------------------------------------------------------------------------------
-
 
 PRECISIONS = {"bf16": "bf16-mixed", "fp32": "32"}
 """The precisions that the recipes take, as NeMo's optimizer calls them."""
@@ -161,7 +96,7 @@ def _recipe(
     ]
     return run.Partial(
         fn,
-        model=_model(preset, gate, seq_length),
+        model=model_of(preset, gate, seq_length),
         trainer=trainer,
         data=data_of(
             data,

@@ -39,12 +39,12 @@ def test_figures_show_other_rows_differently(name: str, tmp_path: Path) -> None:
     rows = collect.read_csv(DOCS / "results" / f"{name}-mini.csv")
     for one in ("as_they_are", "changed"):
         (tmp_path / one).mkdir()
-    figures.draw(name, rows, tmp_path / "as_they_are")
+    figures.draw_figures(name, rows, tmp_path / "as_they_are")
     drawn = {path.name: path.read_bytes() for path in (tmp_path / "as_they_are").iterdir()}
     for row in rows:
         row["maxvio_global"] *= 1 + row["seed"]
         row["maxvio_curve"] = [2 + value for value in row["maxvio_curve"]]
-    figures.draw(name, rows, tmp_path / "changed")
+    figures.draw_figures(name, rows, tmp_path / "changed")
     assert all((tmp_path / "changed" / file).read_bytes() != image for file, image in drawn.items())
 
 

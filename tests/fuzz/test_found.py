@@ -16,8 +16,8 @@ from safetensors.torch import save_file
 
 from alflb_megatron.config import ALFConfig, parse_options
 from alflb_megatron.lab import cli
-from alflb_megatron.lab.checkpoints import scan as vetting
-from alflb_megatron.lab.checkpoints.pickle_scan import Refused
+from alflb_megatron.lab.checkpoints import scan
+from alflb_megatron.lab.checkpoints.pickle_scan import UnsafePickleError
 from alflb_megatron.lab.data import open_data
 from alflb_megatron.lab.records.files import read_json
 from alflb_megatron.lab.records.run_folder import RunFolder
@@ -144,8 +144,8 @@ def test_a_launcher_that_says_no_number(monkeypatch: pytest.MonkeyPatch) -> None
 def test_an_archive_whose_names_are_no_text() -> None:
     stream = io.BytesIO()
     torch.save({"a": 1}, stream)
-    with pytest.raises(Refused):
-        vetting._archive(stream.getvalue().replace(b"byteorder", b"\xff\xfeteorder"), empty=False)
+    with pytest.raises(UnsafePickleError):
+        scan._scan_archive(stream.getvalue().replace(b"byteorder", b"\xff\xfeteorder"), empty=False)
 
 
 def test_an_argument_of_any_length_is_a_short_line(capsys: pytest.CaptureFixture[str]) -> None:

@@ -26,7 +26,7 @@ from alflb_megatron.hosts import cpu
 
 cpu.prepare()
 
-from alflb_megatron.lab.checkpoints.scan import METADATA, OBJECT  # noqa: E402
+from alflb_megatron.lab.checkpoints.scan import METADATA_GLOBALS, OBJECT_GLOBALS  # noqa: E402
 from alflb_megatron.settings import SettingError  # noqa: E402
 from tests.fuzz import loading_model  # noqa: E402
 from tests.fuzz.kinds import KINDS  # noqa: E402
@@ -35,7 +35,7 @@ GOOD = ("success", "exit code", "SettingError", "ValueError")
 SECONDS = 60
 MEMORY = 3 * 2**30  # beyond what the imported packages take
 FORBIDDEN = {"os.system", "os.exec", "os.posix_spawn", "os.fork", "pty.spawn"}
-KNOWN = METADATA.names() | OBJECT.names()
+KNOWN = METADATA_GLOBALS.names() | OBJECT_GLOBALS.names()
 OWN = ("torch.distributed.checkpoint.", "megatron.core.dist_checkpointing.", "traceback")
 """Modules of what ranks send each other while they load."""
 

@@ -105,7 +105,7 @@ def bridge() -> dict[str, Any]:
     alone()
     found = {}
     for recipe in RECIPES:
-        cfg = recipes.configured(recipe, ["model.expert_model_parallel_size=1"])
+        cfg = recipes.recipe_config(recipe, ["model.expert_model_parallel_size=1"])
         cfg.model.finalize()
         with on_meta():
             model = cfg.model.provide(pre_process=True, post_process=True)

@@ -23,11 +23,11 @@ needs_nemo = pytest.mark.skipif(
 
 BRIDGE = r"""
 import torch
-from alflb_megatron.recipes.bridge import configured
+from alflb_megatron.recipes.bridge import recipe_config
 from alflb_megatron.settings import SettingError
 
 def holds(word, **expected):
-    cfg = configured("deepseek_moe_1b_alflb", word.split(";"))
+    cfg = recipe_config("deepseek_moe_1b_alflb", word.split(";"))
     for path, value in expected.items():
         found = cfg
         for name in path.split("__"):
@@ -51,7 +51,7 @@ holds("precision=bf16;precision=fp32", mixed_precision=None, model__params_dtype
       model__pipeline_dtype=torch.float32, model__bf16=False, optimizer__bf16=False)
 for word in ("gate=relu", "precision=fp8", "step=1", "+rule=sign"):
     try:
-        configured("deepseek_moe_1b_alflb", [word])
+        recipe_config("deepseek_moe_1b_alflb", [word])
     except SettingError as error:
         assert word.split("=")[0].strip("+") in str(error)
     else:

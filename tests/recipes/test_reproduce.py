@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from alflb_megatron.lab.cli import main
-from alflb_megatron.lab.sweep import collect, execute, plan
+from alflb_megatron.lab.sweep import collect, execute, plan_file, run_state
 from alflb_megatron.settings import SettingError
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("nemo_run") is None, reason="NeMo-Run is not installed here")
@@ -35,9 +35,9 @@ def one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_runs_here_are_started_by_nemo_run(one: Path, tmp_path: Path) -> None:
-    out, sweep = tmp_path / "out", plan.read(one, "smoke")
-    with execute.alone(out) as lock:
-        assert execute.train_here(sweep, out, 1, lock, print) == []
+    out, sweep = tmp_path / "out", plan_file.read_plan(one, "smoke")
+    with execute.lock_folder(out) as lock:
+        assert execute.train_locally(sweep, out, 1, lock, print) == []
     assert [row["run"] for row in collect.collect(sweep, out)] == [RUNS[0]]
     assert "Experiment" in (out / f"{RUNS[0]}.log").read_text(encoding="utf-8")
 
@@ -67,12 +67,12 @@ def test_slurm_is_given_a_script_for_every_run(one: Path) -> None:
 def test_what_was_submitted_is_not_submitted_again(one: Path) -> None:
     out = one.parent / "out"
     out.mkdir()
-    execute.ticket_of(plan.read(one).runs[0], out).write_text("{}", encoding="utf-8")
+    run_state.submission_file(plan_file.read_plan(one).runs[0], out).write_text("{}", encoding="utf-8")
     said = reproduce(one)
     assert f"# {RUNS[0]}" not in said and f"# {RUNS[1]}" in said and "1 would be submitted" in said
     assert f"# {RUNS[0]}" in reproduce(one, "--resubmit")
     with pytest.raises(SettingError, match="have not finished"):
-        collect.collect(plan.read(one), out)
+        collect.collect(plan_file.read_plan(one), out)
 
 
 @pytest.mark.parametrize(

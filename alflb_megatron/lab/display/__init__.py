@@ -1,1 +1,1 @@
-"""What several rooms draw with: `plots` (colours, axes, the picture that compares runs) and `text_table`."""
+"""What several rooms show things with: `plot_style` (colours, axes, PNG files) and `text` (tables, counts)."""

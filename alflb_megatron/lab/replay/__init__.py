@@ -1,5 +1,7 @@
 """Rules over recorded router scores, so that one chooses a rule before paying for a cluster: `alflb replay`.
 
-`scores` opens a recording, step by step; `replayed_rules` routes each step under a rule's bias and moves it, beside the
-best that could have been in hindsight; `replay` walks all of them through the recording and prints the table.
+`score_recorder` writes the scores of a training into its run folder. `scores` opens a recording, a run folder
+(`score_folder`) or a single file (`score_files`), as a `recording` that is read step by step. `replayed_rules` routes
+each step under a rule's bias and moves it, beside the best that could have been in hindsight; `replay` walks all of
+them through the recording, and `command` prints the table and has `plots` drawn.
 """

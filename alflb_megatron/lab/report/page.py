@@ -105,7 +105,7 @@ style="border-top-style: {{ mark[0] }}; border-color: {{ mark[1] }}"></span><spa
 """
 
 
-def page(
+def render_page(
     title: str,
     subtitle: str,
     warnings: Sequence[str],

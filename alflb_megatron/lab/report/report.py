@@ -21,8 +21,9 @@ from alflb_megatron.lab.display.plot_style import save_png
 from alflb_megatron.lab.display.text import DATA_NAMES
 from alflb_megatron.lab.records.history import History, labels, read_history
 from alflb_megatron.lab.records.step_record import clean_text
-from alflb_megatron.lab.report import figures, panels, tables
-from alflb_megatron.lab.report.page import Picture, page
+from alflb_megatron.lab.report import figures, layer_panels, tables
+from alflb_megatron.lab.report.axes import MOST_RUNS
+from alflb_megatron.lab.report.page import Picture, render_page
 from alflb_megatron.settings import SettingError
 
 PAGE = "report.html"
@@ -35,8 +36,8 @@ def report(runs: Sequence[str | os.PathLike[str]], out: str | os.PathLike[str] =
     RUN for a folder that holds no run that can be read, `--out` for one that cannot be written.
     """
     paths = [Path(run) for run in runs]
-    if not 1 <= len(paths) <= figures.MOST_RUNS:
-        raise SettingError("RUN", len(paths), f"a page shows 1 to {figures.MOST_RUNS} runs")
+    if not 1 <= len(paths) <= MOST_RUNS:
+        raise SettingError("RUN", len(paths), f"a page shows 1 to {MOST_RUNS} runs")
     if len({path.resolve() for path in paths}) < len(paths):
         raise SettingError("RUN", " ".join(clean_text(path) for path in paths), "must name each run once")
     histories = [read_history(path, label) for path, label in zip(paths, labels(paths), strict=True)]
@@ -56,12 +57,12 @@ def report(runs: Sequence[str | os.PathLike[str]], out: str | os.PathLike[str] =
 def _write(histories: Sequence[History], folder: Path, beside: Path, png: bool) -> list[Path]:
     sections = draw(histories, beside)
     if png:
-        made = [picture.file for _, pictures in sections for picture in pictures]
+        drawn = [picture.file for _, pictures in sections for picture in pictures]
     else:
-        made = [beside / PAGE]
-        made[0].write_text(_text(histories, sections), encoding="utf-8", errors="replace")
+        drawn = [beside / PAGE]
+        drawn[0].write_text(_text(histories, sections), encoding="utf-8", errors="replace")
     written = []
-    for file in made:
+    for file in drawn:
         written.append(folder / file.name)
         os.replace(file, written[-1])
     return written
@@ -74,41 +75,41 @@ def draw(histories: Sequence[History], folder: Path) -> list[tuple[str, list[Pic
     """Draws every picture there is something for into `folder`; returns them by section of the page."""
     several = len(histories) > 1
 
-    def made(name: str, title: str, caption: str, figure: Any) -> list[Picture]:
+    def picture(name: str, title: str, caption: str, figure: Any) -> list[Picture]:
         if figure is None:
             return []
         return [Picture(name, title, caption, save_png(figure, folder / f"{name}.png"))]
 
-    limit = panels.loads_limit(histories)
+    limit = layer_panels.loads_limit(histories)
     with np.errstate(all="ignore"):
         training = [
-            *made("loss", "Loss", "Language-model loss of every global batch.", figures.loss(histories)),
-            *made(
+            *picture("loss", "Loss", "Language-model loss of every global batch.", figures.loss(histories)),
+            *picture(
                 "loss_difference",
                 f"Loss against {histories[0].label}",
                 f"Below 0: a lower loss than {histories[0].label} at the same step.",
                 figures.loss_difference(histories),
             ),
-            *made(
+            *picture(
                 "maxvio",
                 "MaxVio",
                 "0 is perfect balance. The sampling floor is the MaxVio of tokens that draw their experts evenly and "
                 "independently: a bias set before the batch is seen does not go below it for long.",
                 figures.maxvio(histories),
             ),
-            *made(
+            *picture(
                 "spread",
                 "Spread of the bias",
                 "How far apart the biases of a layer are: it grows as long as the router leans on the bias more.",
                 figures.spread(histories),
             ),
-            *made(
+            *picture(
                 "gain",
                 "Gain of the rule",
                 "Share of the way to balance that one update goes, as the rule has learnt it.",
                 figures.gain(histories),
             ),
-            *made(
+            *picture(
                 "certificates",
                 "Certificates",
                 "Gap: what a token loses against the best bias for the sample. Modulus: how strongly the dual curves "
@@ -120,18 +121,18 @@ def draw(histories: Sequence[History], folder: Path) -> list[tuple[str, list[Pic
         for at, run in enumerate(histories, 1):
             before = f"run{at}_" if several else ""
             of = f" of {run.label}" if several else ""
-            lines = panels.bias(run)
+            lines = layer_panels.bias(run)
             none = "" if lines is not None else " The run has no expert bias."
             pictures = [
-                *made(
+                *picture(
                     f"{before}loads",
                     f"Loads{of}",
                     "A row an expert, a panel an MoE layer; white is the mean load, orange more, purple less."
                     + none
                     + _binned(run),
-                    panels.loads(run, limit),
+                    layer_panels.loads(run, limit),
                 ),
-                *made(
+                *picture(
                     f"{before}bias",
                     f"Expert bias{of}",
                     "A line an expert, a panel an MoE layer; coloured by where it stands at the end, yellow highest."
@@ -145,7 +146,7 @@ def draw(histories: Sequence[History], folder: Path) -> list[tuple[str, list[Pic
 
 
 def _binned(run: History) -> str:
-    left_out = len(run.layer_histories) - len(panels.shown_layers(run))
+    left_out = len(run.layer_histories) - len(layer_panels.shown_layers(run))
     texts = []
     if run.width > 1:
         texts.append(f" Means of {run.width} steps.")
@@ -184,4 +185,4 @@ def _text(histories: Sequence[History], sections: Sequence[tuple[str, Sequence[P
     title = f"Balance of {histories[0].label}" if len(histories) == 1 else f"Balance of {len(histories)} runs"
     before = [tables.overview(histories), *filter(None, [tables.differences(histories)])]
     after = [tables.events(histories), *filter(None, [tables.certificate_table(histories), tables.versions(histories)])]
-    return page(title, ", ".join(subtitle), _warnings(histories), before, sections, after)
+    return render_page(title, ", ".join(subtitle), _warnings(histories), before, sections, after)

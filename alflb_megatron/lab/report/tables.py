@@ -13,7 +13,7 @@ from alflb_megatron.lab.display.text import short_count
 from alflb_megatron.lab.records.history import KEPT_EVENTS, History
 from alflb_megatron.lab.records.step_record import as_number, as_object, clean_text
 from alflb_megatron.lab.records.summary import maxvio_text
-from alflb_megatron.lab.report.figures import styles
+from alflb_megatron.lab.report.axes import line_styles
 from alflb_megatron.lab.report.page import Table
 
 KINDS = {
@@ -107,7 +107,7 @@ def overview(histories: Sequence[History]) -> Table:
         "MaxVio_global", "sampling floor", "bias spread", "seconds a step",
     )  # fmt: skip
     marks = [
-        ("solid" if look["linestyle"] == "-" else "dashed", look["color"]) for look in styles(histories)
+        ("solid" if style["linestyle"] == "-" else "dashed", style["color"]) for style in line_styles(histories)
     ]  # fmt: skip
     alike = " Beside the rule no setting differs." if len(histories) > 1 and differences(histories) is None else ""
     return Table(
@@ -121,12 +121,12 @@ def overview(histories: Sequence[History]) -> Table:
     )
 
 
-def flat(settings: Mapping[str, Any]) -> dict[str, str]:
+def flatten_settings(settings: Mapping[str, Any]) -> dict[str, str]:
     """Settings by dotted name with their values as JSON, whatever groups they are in."""
     found: dict[str, str] = {}
     for name, value in settings.items():
         if isinstance(value, Mapping):
-            found |= {f"{clean_text(name, 80)}.{inner}": text for inner, text in flat(value).items()}
+            found |= {f"{clean_text(name, 80)}.{inner}": text for inner, text in flatten_settings(value).items()}
         else:
             found[clean_text(name, 80)] = clean_text(value if isinstance(value, str) else json.dumps(value), 200)
     return found
@@ -139,7 +139,7 @@ def differences(histories: Sequence[History]) -> Table | None:
     """
     # a group, or a setting outside of groups, that is null is not there
     given = [{name: value for name, value in run.settings().items() if value is not None} for run in histories]
-    every = [flat(settings) for settings in given]
+    every = [flatten_settings(settings) for settings in given]
     names = dict.fromkeys(name for settings in every for name in settings)
     rows = [
         [name, *(settings.get(name, "-") or "(empty)" for settings in every)]
@@ -154,7 +154,7 @@ def versions(histories: Sequence[History]) -> Table | None:
     """What the runs were made with; where they differ, which had what."""
     every = []
     for run in histories:
-        found = flat({"": run.config.get("versions") or {}, "parts": run.config.get("parts") or {}})
+        found = flatten_settings({"": run.config.get("versions") or {}, "parts": run.config.get("parts") or {}})
         revision = run.config.get("git_revision")
         every.append(
             {name.lstrip(".").removeprefix("parts."): text for name, text in found.items()}

@@ -13,14 +13,14 @@ from typing import Any
 
 from alflb_megatron.lab.records.files import read_json
 from alflb_megatron.lab.records.metrics_file import read_metrics
-from alflb_megatron.lab.sweep.execute import DONE, state_of
 from alflb_megatron.lab.sweep.plan import Run, Sweep
+from alflb_megatron.lab.sweep.run_state import DONE, state_of
 from alflb_megatron.settings import SettingError
 
 POINTS = 25
 """Of a run's course that the table keeps: means over as many equal stretches of its steps."""
 
-MEANINGS = {
+COLUMNS = {
     "run": "name, by the plan",
     "group": "name without the seed",
     "model": "preset",
@@ -57,7 +57,7 @@ MEANINGS = {
 """The columns of results.csv."""
 
 
-def stretches(values: Sequence[float], points: int = POINTS) -> list[float]:
+def means_over_stretches(values: Sequence[float], points: int = POINTS) -> list[float]:
     """Means over `points` stretches of equal length, or the values themselves if there are no more."""
     n = min(points, len(values))
     return [statistics.fmean(values[k * len(values) // n : (k + 1) * len(values) // n]) for k in range(n)]
@@ -117,8 +117,8 @@ def _row(run: Run, out: Path, sweep: Sweep) -> dict[str, Any]:
         "largest_step": statistics.median(limits) if limits else None,
         "certified": certified or None,
         "seconds_per_step": summary["seconds_per_step"],
-        "maxvio_curve": " ".join(f"{value:.5g}" for value in stretches(maxvio)),
-        "loss_curve": " ".join(f"{value:.5g}" for value in stretches(losses)),
+        "maxvio_curve": " ".join(f"{value:.5g}" for value in means_over_stretches(maxvio)),
+        "loss_curve": " ".join(f"{value:.5g}" for value in means_over_stretches(losses)),
         "published_perplexity": published.get("perplexity"),
         "published_maxvio_global": published.get("maxvio_global"),
         "megatron_core": config["versions"]["megatron-core"],
@@ -146,11 +146,11 @@ def collect(sweep: Sweep, out: Path) -> list[dict[str, Any]]:
         if isinstance(error, SettingError):
             raise
         raise SettingError("--out", out, f"holds a run that cannot be read: {run.name}: {error!r}") from None
-    unmixed(rows, "--out", out)
+    require_same_versions(rows, "--out", out)
     return rows
 
 
-def unmixed(rows: Sequence[Mapping[str, Any]], flag: str, source: Path) -> None:
+def require_same_versions(rows: Sequence[Mapping[str, Any]], flag: str, source: Path) -> None:
     """Raises `SettingError` where rows are of several versions of torch, Megatron-Core or this package."""
     for name in ("megatron_core", "torch", "revision"):
         first = rows[0]
@@ -162,9 +162,9 @@ def unmixed(rows: Sequence[Mapping[str, Any]], flag: str, source: Path) -> None:
 def as_csv(rows: Sequence[Mapping[str, Any]]) -> str:
     """The text of results.csv; numbers in full, None as an empty cell."""
     text = io.StringIO()
-    writer = csv.DictWriter(text, list(MEANINGS), lineterminator="\n")
+    writer = csv.DictWriter(text, list(COLUMNS), lineterminator="\n")
     writer.writeheader()
-    writer.writerows({name: "" if row[name] is None else row[name] for name in MEANINGS} for row in rows)
+    writer.writerows({name: "" if row[name] is None else row[name] for name in COLUMNS} for row in rows)
     return text.getvalue()
 
 
@@ -179,12 +179,12 @@ def read_csv(path: Path) -> list[dict[str, Any]]:
         with path.open(encoding="utf-8", newline="") as file:
             reader = csv.DictReader(file, strict=True)
             rows = list(reader)
-            if reader.fieldnames != list(MEANINGS) or not rows:
+            if reader.fieldnames != list(COLUMNS) or not rows:
                 raise ValueError("its columns are not those of a results.csv")
-            typed = [{name: _typed(name, row[name]) for name in MEANINGS} for row in rows]
+            typed = [{name: _typed(name, row[name]) for name in COLUMNS} for row in rows]
     except (OSError, ValueError, TypeError, csv.Error) as error:
         raise SettingError("--results", path, f"cannot be read: {error}") from None
-    unmixed(typed, "--results", path)
+    require_same_versions(typed, "--results", path)
     return typed
 
 
@@ -215,7 +215,7 @@ class Interval:
         return f"{self.mean:.{digits}f} ± {self.half:.{digits}f}"
 
 
-def interval(values: Sequence[float]) -> Interval:
+def confidence_interval(values: Sequence[float]) -> Interval:
     """Of independent values, as seeds give them."""
     from scipy.stats import t
 
@@ -226,7 +226,7 @@ def interval(values: Sequence[float]) -> Interval:
     return Interval(statistics.fmean(values), half, n)
 
 
-def by_group(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[Mapping[str, Any]]]:
+def rows_by_group(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[Mapping[str, Any]]]:
     """The rows of each group, in order of first appearance."""
     found: dict[str, list[Mapping[str, Any]]] = {}
     for row in rows:
@@ -234,7 +234,7 @@ def by_group(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[Mapping[str, A
     return found
 
 
-def swept(rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[float, list[Mapping[str, Any]]]]:
+def rows_by_step_size(rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[float, list[Mapping[str, Any]]]]:
     """Rule -> u -> rows, of the rules that the first row's model and gate has with two u or more."""
     found: dict[str, dict[float, list[Mapping[str, Any]]]] = {}
     first = rows[0]

@@ -8,15 +8,10 @@ everything as JSON to OUT/demo.json.
 from __future__ import annotations
 
 import argparse
-import codecs
 import json
 import os
-import re
-import select
 import shutil
-import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -26,6 +21,7 @@ from alflb_megatron.lab.display.text import align_rows, explain_columns
 from alflb_megatron.lab.records.files import write_json
 from alflb_megatron.lab.records.run_folder import is_run_folder
 from alflb_megatron.lab.records.summary import maxvio_text
+from alflb_megatron.lab.sweep.processes import last_lines, run_streaming
 from alflb_megatron.lab.training.resolve import resolve
 from alflb_megatron.settings import SettingError
 
@@ -49,56 +45,7 @@ class TrainingFailed(RuntimeError):
     """A training ended with an error; its text says which, and the last lines of its output."""
 
 
-def run_streaming(command: Sequence[str], log: Path) -> tuple[int, str]:
-    """Runs `command`; returns its exit code and what it wrote to standard output.
-
-    Its standard error is passed on as it comes and kept in `log`. If ours is a terminal it gets a terminal
-    too, so that it can draw a progress bar. The command is ended if we are interrupted.
-    """
-    terminal = sys.stderr.isatty()
-    reader, writer = os.openpty() if terminal else os.pipe()
-    if terminal:
-        import termios
-
-        termios.tcsetwinsize(writer, termios.tcgetwinsize(sys.stderr.fileno()))
-    decoder = codecs.getincrementaldecoder("utf-8")("replace")
-    with tempfile.TemporaryFile() as stdout, log.open("wb") as kept:
-        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=stdout, stderr=writer)
-        os.close(writer)
-        try:
-            while True:
-                ended = process.poll() is not None
-                # A rank that outlives the command keeps the pipe open: after the end, read only what is there.
-                if not select.select([reader], [], [], 0 if ended else 0.2)[0]:
-                    if ended:
-                        break
-                    continue
-                try:
-                    piece = os.read(reader, 65536)
-                except OSError:  # how a pseudo-terminal reports that its other end was closed
-                    piece = b""
-                if not piece:
-                    break
-                kept.write(piece)
-                sys.stderr.write(decoder.decode(piece))
-                sys.stderr.flush()
-            process.wait()
-        finally:
-            os.close(reader)
-            if process.poll() is None:
-                process.terminate()
-                process.wait()
-        stdout.seek(0)
-        return process.returncode, stdout.read().decode(errors="replace")
-
-
-def last_lines(text: str, count: int = 12) -> str:
-    """The last `count` lines of what a program printed, indented; of a line drawn over by a bar, the last state."""
-    lines = [re.split(r"\r+", line.rstrip("\r"))[-1].rstrip() for line in text.split("\n")]
-    return "\n".join(f"    {line}" for line in [line for line in lines if line][-count:])
-
-
-def failure(rule: str, code: int, output: str) -> str:
+def failure_text(rule: str, code: int, output: str) -> str:
     """One line that says which training failed and how, and below it the last lines of what it printed."""
     how = f"signal {-code}" if code < 0 else f"exit code {code}"
     return f"training with rule {rule} failed ({how}); the last lines of its output:\n{last_lines(output)}"
@@ -117,7 +64,9 @@ def train(rule: str, out: Path, steps: int, nproc: int, seed: int) -> dict[str, 
     log = out.with_name(f"{out.name}.log")
     code, printed = run_streaming([sys.executable, "-m", "alflb_megatron.lab.cli", "train", *flags, "--json"], log)
     if code != 0:
-        raise TrainingFailed(failure(rule, code, printed + "\n" + log.read_text(encoding="utf-8", errors="replace")))
+        raise TrainingFailed(
+            failure_text(rule, code, printed + "\n" + log.read_text(encoding="utf-8", errors="replace"))
+        )
     try:
         summary: dict[str, Any] = json.loads((out / "summary.json").read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:

@@ -1,6 +1,6 @@
 """Trains the runs of a sweep: those that have finished stay, those that were broken off go on, the others start.
 
-What has been done is read from the run folders alone (`state_of`), so that a sweep can be stopped at any moment, by
+What has been done is read from the run folders alone (`run_state.py`), so that a sweep can be stopped at any moment, by
 any signal, and started again. Here every run is a process; where NeMo-Run is installed it starts them, as it does for
 Slurm and SkyPilot.
 """
@@ -19,51 +19,20 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from alflb_megatron.lab.display.text import DATA_NAMES
 from alflb_megatron.lab.records.files import read_json, write_json
-from alflb_megatron.lab.records.run_folder import has_checkpoint, is_run_folder, saved_settings
 from alflb_megatron.lab.records.summary import maxvio_text
-from alflb_megatron.lab.sweep.demo import last_lines
-from alflb_megatron.lab.sweep.plan import Run, Sweep, same_settings
+from alflb_megatron.lab.sweep.plan import Run, Sweep
+from alflb_megatron.lab.sweep.processes import last_lines
+from alflb_megatron.lab.sweep.run_state import DONE, SUBMITTED, RunState, state_of, submission_file
 from alflb_megatron.settings import SettingError, from_mapping
-
-NEW, BROKEN, DONE, SUBMITTED = "new", "broken off", "finished", "submitted"
-
-
-@dataclass(frozen=True)
-class State:
-    """Where a run stands: `kind` is NEW, BROKEN (goes on from its checkpoint if there is one), DONE or SUBMITTED."""
-
-    kind: str
-    checkpoint: bool = False
-
-
-def state_of(run: Run, out: Path) -> State:
-    """Reads it from the run's folder. Raises `SettingError` where the folder holds a run of other settings."""
-    folder = out / run.name
-    ticket = ticket_of(run, out).exists()
-    if not is_run_folder(folder):
-        return State(SUBMITTED if ticket else NEW)
-    different = same_settings(saved_settings(folder, "--out"), run.plan.as_dict())
-    if different:
-        held = "; ".join(different[:4])
-        raise SettingError("--out", folder, f"holds a run of other settings ({held}): name another folder")
-    if (folder / "summary.json").is_file():
-        return State(DONE)
-    return State(SUBMITTED if ticket else BROKEN, has_checkpoint(folder))
-
-
-def ticket_of(run: Run, out: Path) -> Path:
-    """The file that says that a run was handed to a cluster."""
-    return out / f"{run.name}.submitted.json"
 
 
 @contextlib.contextmanager
-def alone(out: Path) -> Iterator[int]:
+def lock_folder(out: Path) -> Iterator[int]:
     """Keeps a second sweep out of the folder; yields the file descriptor that holds the lock.
 
     Trainings inherit it: of a sweep that was killed the last one may still be writing. Raises `SettingError` where a
@@ -117,7 +86,7 @@ class _Processes:
                     os.killpg(process.pid, signal.SIGTERM)
 
 
-def command_of(run: Run, out: Path, resume: bool, threads: int) -> list[str]:
+def training_command(run: Run, out: Path, resume: bool, threads: int) -> list[str]:
     """What trains the run on this machine."""
     launched = importlib.util.find_spec("nemo_run") is not None
     words = ["-m", "alflb_megatron.lab.cli", "train", *run.flags(out / run.name, resume, launched)]
@@ -128,10 +97,10 @@ def command_of(run: Run, out: Path, resume: bool, threads: int) -> list[str]:
     return [sys.executable, "-m", "alflb_megatron.recipes.launch", *place, "--", *words]
 
 
-def train_here(sweep: Sweep, out: Path, at_once: int, lock: int, say: Callable[[str], None]) -> list[str]:
+def train_locally(sweep: Sweep, out: Path, at_once: int, lock: int, say: Callable[[str], None]) -> list[str]:
     """Trains what has not finished, `at_once` runs at a time; returns the names of those that failed.
 
-    `lock` is what `alone` yields.
+    `lock` is what `lock_folder` yields.
     KeyboardInterrupt (and SIGTERM) ends the trainings that are running; they go on at the next start.
     """
     todo = [(run, state) for run in sweep.runs if (state := state_of(run, out)).kind != DONE]
@@ -141,8 +110,8 @@ def train_here(sweep: Sweep, out: Path, at_once: int, lock: int, say: Callable[[
     processes, begun, failed = _Processes(lock), time.monotonic(), []
     say(f"{len(sweep.runs)} runs, {len(sweep.runs) - len(todo)} finished before, {at_once} at a time: {out}")
 
-    def one(run: Run, state: State) -> int:
-        command = command_of(run, out, state.checkpoint, threads)
+    def one(run: Run, state: RunState) -> int:
+        command = training_command(run, out, state.checkpoint, threads)
         return processes.run(command, out / f"{run.name}.log", env)
 
     def stop(*_: object) -> None:
@@ -163,7 +132,7 @@ def train_here(sweep: Sweep, out: Path, at_once: int, lock: int, say: Callable[[
                         say(f"[{done}/{len(todo)}] {run.name} failed (exit code {future.result()}): {log}\n{text}")
                         continue
                     left = (time.monotonic() - begun) / done * (len(todo) - done)
-                    say(f"[{done}/{len(todo)}] {told(run, out)}; about {left / 60:.0f} min left")
+                    say(f"[{done}/{len(todo)}] {describe_run(run, out)}; about {left / 60:.0f} min left")
         except BaseException:
             processes.stop()
             for future in waiting:
@@ -175,7 +144,7 @@ def train_here(sweep: Sweep, out: Path, at_once: int, lock: int, say: Callable[[
     return failed
 
 
-def told(run: Run, out: Path) -> str:
+def describe_run(run: Run, out: Path) -> str:
     """A finished run in one line."""
     summary = read_json(out / run.name / "summary.json")
     loss = summary["validation_loss"]
@@ -202,18 +171,18 @@ def submit(
     """
     from alflb_megatron.recipes import launch
 
-    cls, make = launch.PLACES[kind]
+    cls, make = launch.EXECUTORS[kind]
     count = 0
     out = out.resolve()
     for run in sweep.runs:
         state = state_of(run, out)
         if state.kind == DONE or (state.kind == SUBMITTED and not again):
             continue
-        nodes, processes = _machines(run, options)
-        run, seen = _absolute(run)
+        nodes, processes = _nodes_and_processes(run, options)
+        run, seen = _with_absolute_paths(run)
         job = from_mapping(cls, {**options, "name": run.name, "nodes": nodes, "processes": processes})
         if kind == "slurm":
-            _time_enough(sweep, run, job.time)
+            _check_time_limit(sweep, run, job.time)
             if job.container_image:
                 own = [f"{folder}:{folder}" for folder in sorted({str(out), *seen} - job.mounted.keys())]
                 job = dataclasses.replace(job, mounts=",".join(filter(None, (job.mounts, *own))))
@@ -223,18 +192,19 @@ def submit(
         words = ["-m", "alflb_megatron.lab.cli", "train", "--requeue", *run.flags(out / run.name, False, launched=True)]
         ticket = {"executor": kind, "experiment": None, "resumes": state.checkpoint}
         if not dryrun:
-            write_json(ticket_of(run, out), ticket)  # first: killed in between, the job must not be handed over twice
+            # First: killed in between, the job must not be handed over twice.
+            write_json(submission_file(run, out), ticket)
         said = launch.start(make(job), launch.script(words), run.name, dryrun=dryrun, wait=False)
         if dryrun:
             say(f"# {run.name}\n{said}")
         else:
-            write_json(ticket_of(run, out), {**ticket, "experiment": said})
+            write_json(submission_file(run, out), {**ticket, "experiment": said})
             say(f"{run.name}: submitted as {said}")
         count += 1
     return count
 
 
-def _absolute(run: Run) -> tuple[Run, list[str]]:
+def _with_absolute_paths(run: Run) -> tuple[Run, list[str]]:
     """The run with the paths of its data and tokenizer made absolute, and the folders they are in."""
     settings, seen = dict(run.settings), []
     data = run.plan.job.data
@@ -253,7 +223,7 @@ def _absolute(run: Run) -> tuple[Run, list[str]]:
     return dataclasses.replace(run, settings=settings), seen
 
 
-def _time_enough(sweep: Sweep, run: Run, limit: str) -> None:
+def _check_time_limit(sweep: Sweep, run: Run, limit: str) -> None:
     """Raises `SettingError` where a job's time limit is below the estimate for the run."""
     hours = sweep.hours_of(run) / run.plan.job.nproc
     days, _, clock = limit.rpartition("-")
@@ -267,7 +237,7 @@ def _time_enough(sweep: Sweep, run: Run, limit: str) -> None:
         raise SettingError("--executor-options time", limit, held)
 
 
-def _machines(run: Run, options: Mapping[str, Any]) -> tuple[int, int]:
+def _nodes_and_processes(run: Run, options: Mapping[str, Any]) -> tuple[int, int]:
     """Nodes, and processes on each, for the run's ranks."""
     ranks = run.plan.job.nproc
     each = options.get("processes", min(ranks, 8))

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from alflb_megatron.lab.display.plot_style import COLOURS, DPI, WIDTH, figure_class, log_y_axis, save_png, style_axes
-from alflb_megatron.lab.sweep.collect import by_group, interval, swept
-from alflb_megatron.lab.sweep.tables import label, labels
+from alflb_megatron.lab.sweep.collect import confidence_interval, rows_by_group, rows_by_step_size
+from alflb_megatron.lab.sweep.tables import group_label, group_labels
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -25,10 +25,10 @@ def _style(index: int) -> dict[str, Any]:
     return {"color": COLOURS[index % len(COLOURS)], "linestyle": STYLES[index // len(COLOURS) % len(STYLES)]}
 
 
-def course(rows: Rows) -> Figure:
+def maxvio_over_steps(rows: Rows) -> Figure:
     """MaxVio over the steps: a panel for each model and gate, a line for each rule and u, mean over seeds."""
     panels: dict[tuple[str, str], dict[str, list[Any]]] = {}
-    for group, found in by_group(rows).items():
+    for group, found in rows_by_group(rows).items():
         panels.setdefault((found[0]["model"], found[0]["gate"]), {})[group] = list(found)
     figure = figure_class()(figsize=(WIDTH, 4.6 * len(panels)), dpi=DPI, layout="constrained")
     for place, ((model, gate), groups) in enumerate(panels.items()):
@@ -38,7 +38,7 @@ def course(rows: Rows) -> Figure:
             mean_N, steps = curves_SN.mean(0), found[0]["steps"]
             x_N = (np.arange(len(mean_N)) + 0.5) * steps / len(mean_N)
             style = _style(index)
-            axes.plot(x_N, mean_N, label=label(found[0]), linewidth=1.8, **style)
+            axes.plot(x_N, mean_N, label=group_label(found[0]), linewidth=1.8, **style)
             if len(found) > 1:
                 axes.fill_between(
                     x_N, curves_SN.min(0), curves_SN.max(0), color=style["color"], alpha=0.13, linewidth=0
@@ -55,11 +55,11 @@ def course(rows: Rows) -> Figure:
     return figure
 
 
-def against_published(rows: Rows) -> Figure:
+def published_and_measured(rows: Rows) -> Figure:
     """MaxVio_global as measured and published, and by how much a group's perplexity is above that of the first of its
     model and gate: perplexities themselves are of other text and other tokens."""
-    names = labels(rows)
-    groups = {g: f for g, f in by_group(rows).items() if f[0]["published_maxvio_global"] is not None}
+    names = group_labels(rows)
+    groups = {g: f for g, f in rows_by_group(rows).items() if f[0]["published_maxvio_global"] is not None}
     first = {(f[0]["model"], f[0]["gate"]): f for f in reversed(groups.values())}
     figure = figure_class()(figsize=(WIDTH, 1.5 + 0.36 * len(groups)), dpi=DPI, layout="constrained")
     y = np.arange(len(groups))[::-1]
@@ -70,11 +70,11 @@ def against_published(rows: Rows) -> Figure:
         for found in groups.values():
             beside = first[found[0]["model"], found[0]["gate"]]
             if place == 0:
-                measured.append(interval([row["maxvio_global"] for row in found]))
+                measured.append(confidence_interval([row["maxvio_global"] for row in found]))
                 published.append(found[0]["published_maxvio_global"])
             else:
                 pairs = zip(found, beside, strict=True)  # the same seeds
-                measured.append(interval([100 * (a["perplexity"] / b["perplexity"] - 1) for a, b in pairs]))
+                measured.append(confidence_interval([100 * (a["perplexity"] / b["perplexity"] - 1) for a, b in pairs]))
                 said = [one[0]["published_perplexity"] for one in (found, beside)]
                 published.append(np.nan if None in said else 100 * (said[0] / said[1] - 1))
         axes.plot(published, y, "D", color=COLOURS[0], label="published, full size", markersize=6)
@@ -92,7 +92,7 @@ def against_published(rows: Rows) -> Figure:
 
 def by_step_size(rows: Rows) -> Figure:
     """What a rule makes of its u: MaxVio of the last steps and global, perplexity, and where certified the theory's."""
-    found_by_rule = swept(rows)
+    found_by_rule = rows_by_step_size(rows)
     times = {round(row["u_used"] / row["u"], 6) for row in rows if row["u"]}
     unit = (
         "u"
@@ -114,7 +114,7 @@ def by_step_size(rows: Rows) -> Figure:
         for index, (rule, by_u) in enumerate(found_by_rule.items()):
             points = {u: [row[name] for row in found if row[name] is not None] for u, found in sorted(by_u.items())}
             points = {u: values for u, values in points.items() if values}
-            means = [interval(values) for values in points.values()]
+            means = [confidence_interval(values) for values in points.values()]
             style = _style(index)
             axes.plot(list(points), [one.mean for one in means], marker="o", markersize=4.5, label=rule, **style)
             low, high = [min(v) for v in points.values()], [max(v) for v in points.values()]
@@ -134,20 +134,20 @@ def by_step_size(rows: Rows) -> Figure:
 
 def _wanted(name: str, rows: Rows) -> dict[str, Callable[[Rows], Figure]]:
     """File name -> figure, of every figure that the rows have something for."""
-    wanted = {"course": course}
-    if swept(rows):
+    wanted = {"course": maxvio_over_steps}
+    if rows_by_step_size(rows):
         wanted["step-size"] = by_step_size
     if any(row["published_maxvio_global"] is not None for row in rows):
-        wanted["published"] = against_published
+        wanted["published"] = published_and_measured
     return {f"{name}-{kind}.png": figure for kind, figure in wanted.items()}
 
 
-def names(name: str, rows: Rows) -> list[str]:
-    """The files that `draw` writes."""
+def figure_files(name: str, rows: Rows) -> list[str]:
+    """The files that `draw_figures` writes."""
     return list(_wanted(name, rows))
 
 
-def draw(name: str, rows: Rows, out: Path) -> list[str]:
+def draw_figures(name: str, rows: Rows, out: Path) -> list[str]:
     """Draws every figure that the rows have something for into `out`, and returns the files' names."""
     for file, figure in (wanted := _wanted(name, rows)).items():
         save_png(figure(rows), out / file)

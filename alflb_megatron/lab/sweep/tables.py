@@ -6,12 +6,12 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from alflb_megatron.lab.records.summary import maxvio_text
-from alflb_megatron.lab.sweep.collect import Interval, by_group, interval, swept
+from alflb_megatron.lab.sweep.collect import Interval, confidence_interval, rows_by_group, rows_by_step_size
 from alflb_megatron.lab.sweep.plan import FIGURES, Sweep
 
 Rows = Sequence[Mapping[str, Any]]
 
-NAMES = {
+FIGURE_TITLES = {
     "perplexity": "validation perplexity",
     "maxvio_global": "MaxVio_global",
     "maxvio_last50": "MaxVio, last 50 steps",
@@ -20,7 +20,7 @@ NAMES = {
 """The figures of every table; the first two are those that papers publish."""
 
 
-def label(row: Mapping[str, Any], models: int = 1, gates: int = 1) -> str:
+def group_label(row: Mapping[str, Any], models: int = 1, gates: int = 1) -> str:
     """A group for people: `sign, u = 0.001`, with model and gate where the table has several."""
     parts = [row["model"]] * (models > 1) + [row["gate"]] * (gates > 1)
     if row["rule"] != "none" or not row["aux"]:
@@ -32,10 +32,10 @@ def label(row: Mapping[str, Any], models: int = 1, gates: int = 1) -> str:
     return ", ".join(parts)
 
 
-def labels(rows: Rows) -> dict[str, str]:
+def group_labels(rows: Rows) -> dict[str, str]:
     """Group -> label."""
     models, gates = (len({row[name] for row in rows}) for name in ("model", "gate"))
-    return {group: label(found[0], models, gates) for group, found in by_group(rows).items()}
+    return {group: group_label(found[0], models, gates) for group, found in rows_by_group(rows).items()}
 
 
 def _maxvio(value: Interval) -> str:
@@ -45,13 +45,13 @@ def _maxvio(value: Interval) -> str:
     return f"{value.mean:.{digits}f} ± {value.half:.{digits}f}"
 
 
-def measured(rows: Rows) -> str:
+def results_table(rows: Rows) -> str:
     """A row a group: means over seeds with 95 % intervals, and the published figures beside them."""
-    names, groups = labels(rows), by_group(rows)
+    names, groups = group_labels(rows), rows_by_group(rows)
     published = any(row[f"published_{figure}"] is not None for row in rows for figure in FIGURES)
     scaled = any(row["u"] is not None and row["u"] != row["u_used"] for row in rows)
     certified = any(row["gap"] is not None for row in rows)
-    head = ["rule", *["u used"] * scaled, "seeds", *NAMES.values()]
+    head = ["rule", *["u used"] * scaled, "seeds", *FIGURE_TITLES.values()]
     head += ["dual gap a step", "regret a step", "modulus", "2 K / (E largest curvature)"] * certified
     head += ["published perplexity", "published MaxVio_global"] * published
     lines = [head, ["---"] * len(head)]
@@ -61,7 +61,7 @@ def measured(rows: Rows) -> str:
         if scaled:
             cells.append("" if one["u"] is None else f"{one['u_used']:g}")
         cells += [str(len(found)), _over(found, "perplexity").text()]
-        cells += [_maxvio(_over(found, name)) for name in NAMES if name != "perplexity"]
+        cells += [_maxvio(_over(found, name)) for name in FIGURE_TITLES if name != "perplexity"]
         if certified:
             cells += [_small(found, name) for name in ("gap", "regret", "modulus", "largest_step")]
         if published:
@@ -71,22 +71,22 @@ def measured(rows: Rows) -> str:
 
 
 def _over(found: Rows, name: str) -> Interval:
-    return interval([row[name] for row in found])
+    return confidence_interval([row[name] for row in found])
 
 
 def _small(found: Rows, name: str) -> str:
     values = [row[name] for row in found if row[name] is not None]
     if not values:
         return ""
-    over = interval(values)
+    over = confidence_interval(values)
     return f"{over.mean:.2g}" + ("" if over.half is None else f" ± {over.half:.1g}")
 
 
-def best_steps(rows: Rows) -> str:
+def best_step_size_table(rows: Rows) -> str:
     """For each rule that was swept over u: the u with the least mean of each figure, that mean, and how many of the
     rule's u stay within twice it; empty where nothing was swept."""
-    figures = {**{name: NAMES[name] for name in ("maxvio_global", "maxvio_last50")}, "gap": "dual gap a step"}
-    found = {rule: by_u for rule, by_u in swept(rows).items() if rule != "none"}
+    figures = {**{name: FIGURE_TITLES[name] for name in ("maxvio_global", "maxvio_last50")}, "gap": "dual gap a step"}
+    found = {rule: by_u for rule, by_u in rows_by_step_size(rows).items() if rule != "none"}
     shown = {name: title for name, title in figures.items() if any(row[name] is not None for row in rows)}
     lines = [["rule", "u tried", *(f"best u, {title}" for title in shown.values())]]
     lines.append(["---"] * len(lines[0]))
@@ -107,14 +107,14 @@ def _published(left: Rows, right: Rows, figure: str) -> float | None:
     return None if one is None or other is None else one - other
 
 
-def judged(left: Rows, right: Rows, figure: str) -> tuple[Interval, str]:
+def compare_pair(left: Rows, right: Rows, figure: str) -> tuple[Interval, str]:
     """The difference left - right, paired by seed, with its interval, and what it says of the published one.
 
     `holds` and `reversed` where the interval excludes zero, `not decided` where it does not or where there is one seed;
     `clear` and `not decided` where nothing was published.
     """
     other = {row["seed"]: row[figure] for row in right}
-    difference = interval([row[figure] - other[row["seed"]] for row in left if row["seed"] in other])
+    difference = confidence_interval([row[figure] - other[row["seed"]] for row in left if row["seed"] in other])
     said = _published(left, right, figure)
     if difference.half is None or abs(difference.mean) <= difference.half:
         return difference, "not decided"
@@ -123,23 +123,25 @@ def judged(left: Rows, right: Rows, figure: str) -> tuple[Interval, str]:
     return difference, "holds" if (difference.mean < 0) == (said < 0) else "reversed"
 
 
-def orders(rows: Rows, compare: Sequence[tuple[str, str]]) -> str:
+def order_table(rows: Rows, compare: Sequence[tuple[str, str]]) -> str:
     """A row for each pair and figure: published and measured difference, and the verdict; empty without pairs."""
-    names, groups = labels(rows), by_group(rows)
+    names, groups = group_labels(rows), rows_by_group(rows)
     lines = ["| pair | figure | published difference | measured difference | verdict |", "|---|---|---|---|---|"]
     for one, other in compare:
-        for figure in NAMES:
+        for figure in FIGURE_TITLES:
             left, right = groups[one], groups[other]
-            difference, verdict = judged(left, right, figure)
+            difference, verdict = compare_pair(left, right, figure)
             said = _published(left, right, figure)
             published = "" if said is None else f"{said:+.3g}"
             half = "" if difference.half is None else f" ± {difference.half:.3f}"
-            pair = f"{names[one]} - {names[other]}" if figure == next(iter(NAMES)) else ""
-            lines.append(f"| {pair} | {NAMES[figure]} | {published} | {difference.mean:+.3f}{half} | {verdict} |")
+            pair = f"{names[one]} - {names[other]}" if figure == next(iter(FIGURE_TITLES)) else ""
+            lines.append(
+                f"| {pair} | {FIGURE_TITLES[figure]} | {published} | {difference.mean:+.3f}{half} | {verdict} |"
+            )
     return "\n".join(lines) if compare else ""
 
 
-def shrunk(sweep: Sweep) -> str:
+def scale_table(sweep: Sweep) -> str:
     """What the scale changed, and divided by what, for each model; empty at full size."""
     factors = sweep.changes()
     if not any(factors.values()):
@@ -162,7 +164,7 @@ def shrunk(sweep: Sweep) -> str:
     return "\n".join(lines)
 
 
-def page(sweep: Sweep, rows: Rows, figures: Sequence[str], folder: str = "") -> str:
+def sweep_page(sweep: Sweep, rows: Rows, figures: Sequence[str], folder: str = "") -> str:
     """All of a sweep on one page: what was run, tables, and links to its figures, PNG files in `folder`."""
     first, seeds = rows[0], sorted({row["seed"] for row in rows})
     models = {row["model"]: row for row in reversed(rows)}
@@ -177,15 +179,15 @@ def page(sweep: Sweep, rows: Rows, figures: Sequence[str], folder: str = "") -> 
         f"{len(rows)} runs, seeds {', '.join(map(str, seeds))}: {each}. torch {first['torch']}, megatron-core "
         f"{first['megatron_core']}, revision `{(first['revision'] or 'unknown')[:12]}`. ± is half a 95 % interval over "
         "the seeds (Student's t).",
-        measured(rows),
+        results_table(rows),
         *([f"Published figures: {sweep.source}."] if sweep.source else []),
     ]
-    if best := best_steps(rows):
+    if best := best_step_size_table(rows):
         parts += ["The best step size of each rule, chosen on these very seeds:", best]
     if sweep.compare:
         parts += ["Differences paired by seed; a verdict needs an interval that leaves out zero:"]
-        parts += [orders(rows, sweep.compare)]
+        parts += [order_table(rows, sweep.compare)]
     parts += [f"![{name.removesuffix('.png').replace('-', ' ')}]({folder}{name})" for name in figures]
-    if scale := shrunk(sweep):
+    if scale := scale_table(sweep):
         parts += [f"**What {sweep.scale} can and cannot say.** {sweep.scale_about}", "Shrunk from full size:", scale]
     return "\n\n".join(part for part in parts if part) + "\n"

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from alflb_megatron import metrics
 from alflb_megatron.lab.theory.curvature import Moduli, moduli, near_ties
-from alflb_megatron.lab.theory.oracles import minimum_cost_flow
 from alflb_megatron.lab.theory.problem import AssignmentProblem
+from alflb_megatron.lab.theory.solvers import minimum_cost_flow
 
 SOLVED = 2048
 """Tokens that the optimum is searched for; the curvature is estimated from the whole sample."""

@@ -10,9 +10,7 @@ import argparse
 import errno
 import inspect
 import os
-import shutil
 import sys
-import textwrap
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -21,10 +19,10 @@ from typing import Any
 
 from alflb_megatron.lab.records.files import write_json
 from alflb_megatron.lab.records.versions import versions
+from alflb_megatron.lab.theory.tables import format_table
 from alflb_megatron.settings import SettingError
 
 FILE = "theory.json"
-COLUMNS = ("claim", "condition", "measured", "bound", "verdict")
 
 
 def _claims() -> Any:
@@ -54,7 +52,7 @@ def measure(names: Sequence[str] = (), full: bool = False, stream: Any = None) -
     for name in [name for name in known if not names or name in names]:
         claim = claims.make(name, full)
         began = time.perf_counter()
-        with _Bar(claim.title, sys.stderr if stream is None else stream) as bar:
+        with _ProgressBar(claim.title, sys.stderr if stream is None else stream) as bar:
             finding = claim.check(bar)
         results["claims"][name] = {
             "title": claim.title,
@@ -67,13 +65,13 @@ def measure(names: Sequence[str] = (), full: bool = False, stream: Any = None) -
     return results
 
 
-class _Bar:
+class _ProgressBar:
     """A progress bar on a terminal, one line elsewhere; called with (done, of)."""
 
     def __init__(self, title: str, stream: Any) -> None:
         self.title, self.stream, self._bar = title, stream, None
 
-    def __enter__(self) -> _Bar:
+    def __enter__(self) -> _ProgressBar:
         if self.stream.isatty():
             from tqdm import tqdm
 
@@ -100,51 +98,6 @@ def failed(results: Mapping[str, Any]) -> list[str]:
         for row in claim["rows"]
         if row["verdict"] == "fails"
     ]
-
-
-def format_table(results: Mapping[str, Any], width: int | None = None) -> str:
-    """The table, its cells wrapped to the terminal's width (100 columns or more)."""
-    width = max(100, width or shutil.get_terminal_size((140, 40)).columns)
-    free = width - 11 - 2 * (len(COLUMNS) - 1)
-    widths = [round(free * part) for part in (0.32, 0.25, 0.27, 0.16)] + [11]
-    lines = ["  ".join(name.ljust(w) for name, w in zip(COLUMNS, widths, strict=True)).rstrip()]
-    for claim in results["claims"].values():
-        lines += ["-" * width, f"{claim['title']}  ({claim['seconds']:.0f} s)", ""]
-        for row in claim["rows"]:
-            cells = [row["statement"], row["condition"], row["measured"], row["bound"], row["verdict"]]
-            wrapped = [textwrap.wrap(cell, w) or [""] for cell, w in zip(cells, widths, strict=True)]
-            for at in range(max(map(len, wrapped))):
-                parts = [cell[at] if at < len(cell) else "" for cell in wrapped]
-                lines.append("  ".join(part.ljust(w) for part, w in zip(parts, widths, strict=True)).rstrip())
-            lines.append("")
-    return "\n".join(lines)
-
-
-def markdown_table(claim: Mapping[str, Any]) -> str:
-    """One claim's rows, as docs/theory.md shows them."""
-    lines = ["| claim | condition | measured | bound | verdict |", "|---|---|---|---|---|"]
-    for row in claim["rows"]:
-        cells = (row["statement"], row["condition"], row["measured"], row["bound"], f"**{row['verdict']}**")
-        lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
-    return "\n".join(lines)
-
-
-def sweep_table(figures: Mapping[str, Any]) -> str:
-    """Regret at the end of the stream of every rule and u, and its exponent of growth, in markdown.
-
-    From the `figures` of the claim `regret`.
-    """
-    last = {
-        label: f"{value:.3g} ({figures['growth'][label]['exponent']:.2f})" for label, value in figures["last"].items()
-    }
-    swept = [label.split(" u=") for label in last if " u=" in label]
-    sizes = sorted({u for _, u in swept}, key=float)
-    lines = ["| rule | " + " | ".join(f"u = {u}" for u in sizes) + " |", "|---|" + "---:|" * len(sizes)]
-    for name in dict.fromkeys(name for name, _ in swept):
-        lines.append(f"| `{name}` | " + " | ".join(last[f"{name} u={u}"] for u in sizes) + " |")
-    for name in ("quantile", "adaptive"):
-        lines.append(f"| `{name}`, no u | {last[name]} |" + " |" * (len(sizes) - 1))
-    return "\n".join(lines)
 
 
 def theory(out: str | Path, names: Sequence[str] = (), full: bool = False) -> dict[str, Any]:

@@ -1,7 +1,8 @@
 """One training job on real Megatron-Core: `alflb train`.
 
-`command` has the flags; `job` resolves them and a preset into a plan and refuses what cannot work; `launch` starts the
-ranks; `train` runs the plan on each of them: `build` makes Megatron-Core's objects, `checkpoint` saves and loads them,
-and what a step shows goes through `step_record` into the run's folder. `score_recorder` and `certificates` look at the
-router's scores if asked to.
+`command` has the flags. `job` holds every setting and the presets, `resolve` makes a checked plan of what was given,
+and `launch` starts the ranks. On each of them `train` runs the plan: `build` makes configuration, model and, with
+`optimizer`, optimizer and scheduler; `checkpoint` saves and loads all of them; `forward_backward` takes global batches
+through Megatron-Core's schedule. What a step shows is gathered by `metrics`, written into the run's folder and shown by
+`progress`; `certificates` and `replay/score_recorder.py` look at the router's scores if asked to.
 """

@@ -21,7 +21,7 @@ from megatron.core.utils import unwrap_model
 from torch.distributed.checkpoint.api import CheckpointException
 
 from alflb_megatron.hosts import absent_state
-from alflb_megatron.lab.checkpoints.scan import vet
+from alflb_megatron.lab.checkpoints.scan import scan_checkpoint
 from alflb_megatron.lab.data.samples import one_line
 from alflb_megatron.lab.records.files import read_json, write_json
 from alflb_megatron.lab.training.build import ModelSetup
@@ -55,7 +55,7 @@ def layout_of(plan: Plan) -> dict[str, int]:
 def find(path: str | Path, flag: str) -> SavedCheckpoint:
     """The checkpoint at `path`: a checkpoint folder, a `checkpoints` folder or a run folder (then its latest).
 
-    It is vetted (`scan.py`): to load it executes nothing of it. Raises SettingError naming `flag` where there
+    It is scanned (`checkpoints/scan.py`): to load it executes nothing of it. Raises SettingError naming `flag` where there
     is none, it is not whole, or holds what no checkpoint of `alflb train` does.
     """
     try:
@@ -76,7 +76,7 @@ def _find(folder: Path, flag: str, path: str | Path) -> SavedCheckpoint:
         raise SettingError(flag, path, "must name a run with a checkpoint, or a checkpoint folder") from None
     except (ValueError, OSError) as error:
         raise SettingError(flag, path, f"holds a checkpoint whose {JOB} cannot be read ({error})") from None
-    vet(folder, flag, path)
+    scan_checkpoint(folder, flag, path)
     return saved
 
 

@@ -33,7 +33,7 @@ NARROW = 24
 """Characters of loads that make two lines of figures better than one."""
 
 
-def vio(value: float) -> str:
+def maxvio_cell(value: float) -> str:
     return maxvio_text(value) if math.isfinite(value) else "-"
 
 
@@ -47,7 +47,7 @@ def _clock(seconds: float) -> str:
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
 
 
-def levels(values: Array, low: float, high: float, symbols: str) -> str:
+def block_levels(values: Array, low: float, high: float, symbols: str) -> str:
     """A character for each value: its place between `low` and `high` in eight levels; a space where it is nan."""
     span = high - low if high > low else 1.0
     places = np.clip((values - low) / span * len(symbols), 0, len(symbols) - 1)
@@ -68,7 +68,7 @@ def sparkline(values: Array, width: int, symbols: str) -> tuple[str, int, Array]
     finite = logs[np.isfinite(logs)]
     if not len(finite):
         return "", 0, means
-    return levels(logs, float(finite.min()), float(finite.max()), symbols), len(values), means
+    return block_levels(logs, float(finite.min()), float(finite.max()), symbols), len(values), means
 
 
 def loads_text(layer: LayerRecord, width: int, symbols: str) -> Text:
@@ -82,7 +82,7 @@ def loads_text(layer: LayerRecord, width: int, symbols: str) -> Text:
         ordered = np.sort(relative)[::-1]
         relative = ordered[np.linspace(0, len(ordered) - 1, width).round().astype(int)]
     text = Text()
-    for value, symbol in zip(relative, levels(relative, 0.0, 2.0, symbols), strict=True):
+    for value, symbol in zip(relative, block_levels(relative, 0.0, 2.0, symbols), strict=True):
         style = "yellow" if value >= 1.5 else "magenta" if value <= 0.5 else ""
         text.append("x" if value == 0 else symbol, "bold red" if value == 0 else style)
     return text
@@ -108,19 +108,19 @@ def _step_text(followed: FollowedRun) -> str:
     return f"step {followed.history.last.step:,}" + (f" / {total:,.0f}" if math.isfinite(total) else "")
 
 
-def line(followed: FollowedRun) -> str:
+def render_line(followed: FollowedRun) -> str:
     """The last step in one line of text."""
     last = followed.history.last
     assert last is not None
     rate, _ = _rate(followed)
     speed = f"  {short_count(rate)} tokens/s" if math.isfinite(rate) else ""
     return (
-        f"{_step_text(followed)}  loss {_digits(last.loss, '.3f')}  MaxVio {vio(last.maxvio_mean)}  "
-        f"worst layer {vio(last.maxvio_max)}  floor {vio(followed.history.floor())}{speed}"
+        f"{_step_text(followed)}  loss {_digits(last.loss, '.3f')}  MaxVio {maxvio_cell(last.maxvio_mean)}  "
+        f"worst layer {maxvio_cell(last.maxvio_max)}  floor {maxvio_cell(followed.history.floor())}{speed}"
     )
 
 
-def frame(followed: FollowedRun, console: Console, whole: bool = False) -> RenderableType:
+def render_frame(followed: FollowedRun, console: Console, whole: bool = False) -> RenderableType:
     """All that is shown of a run; `whole` shows every layer, else as many as the terminal is high."""
     history, last = followed.history, followed.history.last
     if last is None:
@@ -129,7 +129,7 @@ def frame(followed: FollowedRun, console: Console, whole: bool = False) -> Rende
     parts: list[RenderableType] = [_title(followed), _progress(followed, console.width), *_figures(followed)]
     spark, many, means = sparkline(history.series("maxvio_mean"), max(10, min(100, console.width - 45)), symbols)
     if spark:
-        ends = f" {vio(float(np.nanmin(means)))} to {vio(float(np.nanmax(means)))}, log"
+        ends = f" {maxvio_cell(float(np.nanmin(means)))} to {maxvio_cell(float(np.nanmax(means)))}, log"
         parts.append(Text.assemble((f"MaxVio, last {many:,} steps ", "dim"), (spark, "cyan"), (ends, "dim")))
     alarms = _alarms(followed)
     if last.layers:
@@ -176,12 +176,12 @@ def _progress(followed: FollowedRun, width: int) -> RenderableType:
 def _figures(followed: FollowedRun) -> list[Text]:
     last, floor = followed.history.last, followed.history.floor()
     assert last is not None
-    over = f" ({last.maxvio_mean / floor:.1f}x the floor of {vio(floor)})" if floor > 0 else ""
+    over = f" ({last.maxvio_mean / floor:.1f}x the floor of {maxvio_cell(floor)})" if floor > 0 else ""
     loss = "not finite" if last.diverged else _digits(last.loss, ".4f")
     first = Text.assemble(
         ("loss ", "dim"), (loss, "bold red" if last.diverged else "bold"),
-        ("  MaxVio ", "dim"), (vio(last.maxvio_mean), "bold"), over if math.isfinite(last.maxvio_mean) else "",
-        ("  worst layer ", "dim"), vio(last.maxvio_max),
+        ("  MaxVio ", "dim"), (maxvio_cell(last.maxvio_mean), "bold"), over if math.isfinite(last.maxvio_mean) else "",
+        ("  worst layer ", "dim"), maxvio_cell(last.maxvio_max),
     )  # fmt: skip
     second = Text.assemble(
         ("bias spread ", "dim"), _digits(last.bias_spread if last.bias_spread > 0 else math.nan, ".3g"),
@@ -211,7 +211,11 @@ def _layers(layers: Sequence[LayerRecord], height: int, width: int, symbols: str
     for layer in shown:
         mean = float(layer.loads_E.mean()) if len(layer.loads_E) else math.nan
         ends = (layer.loads_E.min() / mean, layer.loads_E.max() / mean) if mean > 0 else (math.nan, math.nan)
-        cells: list[RenderableType] = [str(layer.number), vio(layer.maxvio), *(_times(end) for end in ends)]
+        cells: list[RenderableType] = [
+            str(layer.number),
+            maxvio_cell(layer.maxvio),
+            *(_ratio_text(end) for end in ends),
+        ]
         cells += [_digits(layer.spread, ".3g")] * biases + [_digits(layer.gain, ".3g")] * gains
         table.add_row(*cells, *([loads_text(layer, min(experts, room), symbols)] if room >= 8 else []))
     left_out = len(layers) - len(shown)
@@ -220,7 +224,7 @@ def _layers(layers: Sequence[LayerRecord], height: int, width: int, symbols: str
     return [table, Text(note, style="dim", no_wrap=True, overflow="ellipsis")]
 
 
-def _times(value: float) -> str:
+def _ratio_text(value: float) -> str:
     return f"{value:.2f}" if math.isfinite(value) else "-"
 
 
@@ -239,4 +243,4 @@ def _alarms(followed: FollowedRun) -> list[RenderableType]:
 def _ended(followed: FollowedRun) -> Text:
     summary = followed.history.summary
     loss, of_all = as_number(summary.get("validation_loss")), as_number(summary.get("maxvio_global_mean"))
-    return Text(f"ended: validation loss {_digits(loss, '.4f')}, MaxVio_global {vio(of_all)}", style="green")
+    return Text(f"ended: validation loss {_digits(loss, '.4f')}, MaxVio_global {maxvio_cell(of_all)}", style="green")

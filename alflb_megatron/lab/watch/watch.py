@@ -13,7 +13,7 @@ from rich.live import Live
 
 from alflb_megatron.lab.records.step_record import clean_text
 from alflb_megatron.lab.watch.follow import FollowedRun
-from alflb_megatron.lab.watch.view import frame, line
+from alflb_megatron.lab.watch.view import render_frame, render_line
 from alflb_megatron.settings import SettingError
 
 
@@ -34,7 +34,7 @@ def watch(run: str | os.PathLike[str], once: bool = False, every: float = 2.0, c
             followed.read_new()
             if followed.history.last is None:
                 raise SettingError("RUN", clean_text(run), "holds no whole record of a step yet")
-            console.print(frame(followed, console, whole=not console.is_terminal))
+            console.print(render_frame(followed, console, whole=not console.is_terminal))
         elif console.is_terminal:
             _live(followed, console, every)
         else:
@@ -45,7 +45,7 @@ def _live(followed: FollowedRun, console: Console, every: float) -> None:
     with Live(console=console, auto_refresh=False, vertical_overflow="crop", transient=False) as live:
         while True:
             followed.read_new()
-            live.update(frame(followed, console), refresh=True)
+            live.update(render_frame(followed, console), refresh=True)
             if followed.history.ended() and followed.history.last is not None:
                 return
             time.sleep(every)
@@ -59,10 +59,10 @@ def _plain(followed: FollowedRun, console: Console, every: float) -> None:
             for text in step.alarms:
                 console.print(f"step {step.step}: alarm: {text}", soft_wrap=True)
         if followed.history.ended() and followed.history.last is not None:
-            console.print(frame(followed, console, whole=True))
+            console.print(render_frame(followed, console, whole=True))
             return
         if steps:
-            console.print(line(followed), soft_wrap=True)
+            console.print(render_line(followed), soft_wrap=True)
         elif followed.history.last is None and not waiting:
             waiting = True
             console.print(f"waiting for {clean_text(followed.tail.path)}", soft_wrap=True)

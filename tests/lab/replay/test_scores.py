@@ -115,7 +115,7 @@ def test_a_safetensors_file_is_read_slice_by_slice(tmp_path: Path, monkeypatch: 
         def get_slice(self, name: str) -> Slice:
             return Slice(self.file.get_slice(name))  # and no get_tensor, which would read all
 
-    monkeypatch.setattr("alflb_megatron.lab.replay.scores.safe_open", File)
+    monkeypatch.setattr("alflb_megatron.lab.replay.score_files.safe_open", File)
     assert len(list(open_scores(tmp_path / "a.safetensors"))) == STEPS
     assert asked == [slice(step, step + 1) for step in range(STEPS)]
 

@@ -11,15 +11,8 @@ import pytest
 
 from alflb_megatron.lab.records.files import write_json
 from alflb_megatron.lab.records.run_folder import RunFolder, is_run_folder
-from alflb_megatron.lab.sweep.demo import (
-    COLUMNS,
-    demo,
-    failure,
-    format_table,
-    last_lines,
-    main,
-    run_streaming,
-)
+from alflb_megatron.lab.sweep.demo import COLUMNS, demo, failure_text, format_table, main
+from alflb_megatron.lab.sweep.processes import last_lines, run_streaming
 from alflb_megatron.settings import SettingError
 
 
@@ -112,7 +105,7 @@ def test_a_terminal_is_passed_on_to_the_process(tmp_path):
     """Run under a pseudo-terminal, so that standard error is one."""
     inner = "import sys; sys.stderr.write(f'terminal {sys.stderr.isatty()}'); sys.exit(0)"
     outer = (
-        "import sys; from pathlib import Path; from alflb_megatron.lab.sweep.demo import run_streaming;"
+        "import sys; from pathlib import Path; from alflb_megatron.lab.sweep.processes import run_streaming;"
         f"print(run_streaming([sys.executable, '-c', {inner!r}], Path({str(tmp_path / 'log')!r})))"
     )
     reader, writer = pty.openpty()
@@ -149,7 +142,7 @@ def test_a_training_that_fails_is_named_with_its_last_lines_and_exit_code_1(tmp_
 
 def test_a_training_ended_by_a_signal_is_told_apart(tmp_path):
     code, _ = run_streaming(python("import os; os.kill(os.getpid(), 9)"), tmp_path / "log")
-    assert failure("sign", code, "step 1\n") == (
+    assert failure_text("sign", code, "step 1\n") == (
         "training with rule sign failed (signal 9); the last lines of its output:\n    step 1"
     )
 
@@ -157,7 +150,7 @@ def test_a_training_ended_by_a_signal_is_told_apart(tmp_path):
 def test_an_interrupt_ends_the_process_too(tmp_path):
     inner = "import os, sys, time; print(os.getpid(), file=sys.stderr, flush=True); time.sleep(60)"
     outer = (
-        "import sys; from pathlib import Path; from alflb_megatron.lab.sweep.demo import run_streaming;"
+        "import sys; from pathlib import Path; from alflb_megatron.lab.sweep.processes import run_streaming;"
         f"run_streaming([sys.executable, '-c', {inner!r}], Path({str(tmp_path / 'log')!r}))"
     )
     process = subprocess.Popen(python(outer), stderr=subprocess.PIPE, text=True)

@@ -20,7 +20,7 @@ import pytest
 import yaml
 
 from alflb_megatron.lab.cli import main
-from alflb_megatron.lab.sweep import collect, execute, figures, plan, tables
+from alflb_megatron.lab.sweep import collect, execute, figures, plan, plan_file, tables
 from alflb_megatron.settings import SettingError
 
 SHIPPED = ("wang2024", "han_zhong", "beyond")
@@ -56,9 +56,9 @@ def changed(**keys: Any) -> str:
 @pytest.mark.parametrize("scale", ["full", "mini", "smoke"])
 @pytest.mark.parametrize("name", SHIPPED)
 def test_shipped_plans_expand_to_every_combination_and_seed(name: str, scale: str) -> None:
-    path = plan.find(name)
+    path = plan_file.find_plan(name)
     given = yaml.safe_load(path.read_text(encoding="utf-8"))
-    sweep = plan.read(path, scale)
+    sweep = plan_file.read_plan(path, scale)
     listed = [[len(v) if isinstance(v, list) else 1 for v in row.values()] for row in given["runs"]]
     cells = sum(int(math.prod(lengths)) for lengths in listed)
     assert len(sweep.runs) == cells * len(given["seeds"][scale])
@@ -69,7 +69,7 @@ def test_shipped_plans_expand_to_every_combination_and_seed(name: str, scale: st
 def test_a_list_is_a_grid_in_the_order_written(tmp_path: Path) -> None:
     runs = [{"model": "deepseek-moe-1b", "rule": ["sign", "sqrt"], "u": [0.1, 1], "gate": ["sigmoid", "softmax"]}]
     text = changed(runs=runs, published={}, compare=[], seeds={"smoke": [1, 2]})
-    sweep = plan.read(written(tmp_path, text), "smoke")
+    sweep = plan_file.read_plan(written(tmp_path, text), "smoke")
     names = [run.name for run in sweep.runs]
     cells = [
         f"deepseek-moe-1b.{g}.{r}.u{u}" for g in ("sigmoid", "softmax") for r in ("sign", "sqrt") for u in (0.1, 1)
@@ -81,7 +81,7 @@ def test_a_list_is_a_grid_in_the_order_written(tmp_path: Path) -> None:
 
 
 def test_full_size_is_the_presets_and_the_scale_says_what_it_divided() -> None:
-    full, mini = (plan.read(plan.find("wang2024"), scale) for scale in ("full", "mini"))
+    full, mini = (plan_file.read_plan(plan_file.find_plan("wang2024"), scale) for scale in ("full", "mini"))
     one = full.runs[0].plan
     assert (one.shape.hidden_size, one.shape.num_experts, one.job.steps, one.job.global_batch_size) == (
         1024, 64, 40_000, 1152,
@@ -93,10 +93,12 @@ def test_full_size_is_the_presets_and_the_scale_says_what_it_divided() -> None:
 
 
 def test_u_is_scaled_where_plan_and_scale_say_so_and_keeps_its_name() -> None:
-    sweep = plan.read(plan.find("wang2024"), "mini")
+    sweep = plan_file.read_plan(plan_file.find_plan("wang2024"), "mini")
     run = next(run for run in sweep.runs if run.group == "deepseek-moe-1b.sigmoid.sign.u0.001")
     assert run.plan.alf is not None and (run.u, run.plan.alf.step_size) == (1e-3, 1e-2)
-    run = next(r for r in plan.read(plan.find("han_zhong"), "mini").runs if r.group.endswith("sign.u0.001"))
+    run = next(
+        r for r in plan_file.read_plan(plan_file.find_plan("han_zhong"), "mini").runs if r.group.endswith("sign.u0.001")
+    )
     assert run.plan.alf is not None and (run.u, run.plan.alf.step_size) == (1e-3, 1e-3)
 
 
@@ -104,7 +106,7 @@ def test_flags_give_the_run_back() -> None:
     from alflb_megatron.lab.cli import parse
     from alflb_megatron.lab.training.command import plan_of
 
-    for run in plan.read(plan.find("wang2024"), "smoke").runs:
+    for run in plan_file.read_plan(plan_file.find_plan("wang2024"), "smoke").runs:
         again = plan_of(parse(["train", *run.flags(Path("somewhere"), resume=False)]))
         assert plan.same_settings(again.as_dict(), run.plan.as_dict()) == []
 
@@ -258,7 +260,7 @@ def test_a_requeued_job_goes_on_where_there_is_a_checkpoint_and_begins_where_the
     from alflb_megatron.lab.cli import parse
     from alflb_megatron.lab.training.command import plan_of
 
-    run = plan.read(written(tmp_path), "smoke").runs[0]
+    run = plan_file.read_plan(written(tmp_path), "smoke").runs[0]
     for folder, resumes in ((tmp_path / "new", False), (whole / NONE, True)):
         words = ["train", "--requeue", *run.flags(folder, resume=False)]
         found = plan_of(parse(words))
@@ -267,13 +269,13 @@ def test_a_requeued_job_goes_on_where_there_is_a_checkpoint_and_begins_where_the
 
 
 def test_a_training_that_a_killed_sweep_left_keeps_others_out(tmp_path: Path) -> None:
-    with execute.alone(tmp_path) as lock:
+    with execute.lock_folder(tmp_path) as lock:
         left = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"], pass_fds=(lock,))
-    with pytest.raises(SettingError, match="is at work here"), execute.alone(tmp_path):
+    with pytest.raises(SettingError, match="is at work here"), execute.lock_folder(tmp_path):
         pass
     left.kill()
     left.wait()
-    with execute.alone(tmp_path):
+    with execute.lock_folder(tmp_path):
         pass
 
 
@@ -295,7 +297,7 @@ def refused(whole: Path, folder: Path, spoil: Callable[[Path], object]) -> str:
     out = copied(whole, folder)
     spoil(out)
     with pytest.raises(SettingError) as error:
-        collect.collect(plan.read(written(folder), "smoke"), out)
+        collect.collect(plan_file.read_plan(written(folder), "smoke"), out)
     return str(error.value)
 
 
@@ -342,12 +344,12 @@ def test_a_run_that_diverged_is_a_row_that_says_so(whole: Path, tmp_path: Path) 
 
     out = copied(whole, tmp_path)
     edited(out / NONE / "summary.json", diverged)
-    sweep = plan.read(written(tmp_path), "smoke")
-    assert execute.told(sweep.runs[0], out).startswith(f"{NONE}: diverged, MaxVio_global")
+    sweep = plan_file.read_plan(written(tmp_path), "smoke")
+    assert execute.describe_run(sweep.runs[0], out).startswith(f"{NONE}: diverged, MaxVio_global")
     (out / "results.csv").write_text(collect.as_csv(collect.collect(sweep, out)), encoding="utf-8")
     found = collect.read_csv(out / "results.csv")
     assert math.isnan(found[0]["perplexity"])
-    page = tables.page(sweep, found, figures.draw("two", found, tmp_path))
+    page = tables.sweep_page(sweep, found, figures.draw_figures("two", found, tmp_path))
     assert "| diverged |" in page and "not decided" in page
 
 
@@ -363,9 +365,9 @@ def test_results_of_several_revisions_are_not_drawn(whole: Path, tmp_path: Path)
 
 def test_settings_at_one_scale_and_those_of_the_command_win(tmp_path: Path) -> None:
     path = written(tmp_path, changed(at={"mini": {"steps": 7}}, train={"steps": 9, "certify": 3}))
-    steps = {s: plan.read(path, s).runs[1].plan.job.steps for s in ("full", "mini", "smoke")}
+    steps = {s: plan_file.read_plan(path, s).runs[1].plan.job.steps for s in ("full", "mini", "smoke")}
     assert steps == {"full": 9, "mini": 7, "smoke": 4}
-    job = plan.read(path, "mini", {"data": "/some/text"}).runs[1].plan.job
+    job = plan_file.read_plan(path, "mini", {"data": "/some/text"}).runs[1].plan.job
     assert (job.data, job.certify) == ("/some/text", 2)
 
 
@@ -387,9 +389,9 @@ def test_results_of_another_plan_are_refused(whole: Path, tmp_path: Path, capsys
 
 
 def test_intervals_are_students() -> None:
-    found = collect.interval([1.0, 2.0, 3.0])
+    found = collect.confidence_interval([1.0, 2.0, 3.0])
     assert found.mean == 2 and found.half == pytest.approx(4.302652729911275 / 3**0.5)  # t(0.975, 2) of any table
-    assert collect.interval([1.0]).half is None
+    assert collect.confidence_interval([1.0]).half is None
 
 
 def rows(values: list[float], published: float | None, group: str) -> list[dict[str, Any]]:
@@ -408,7 +410,7 @@ def rows(values: list[float], published: float | None, group: str) -> list[dict[
     ],
 )
 def test_verdicts(left: list[float], right: list[float], published: tuple[Any, Any], verdict: str) -> None:
-    found = tables.judged(rows(left, published[0], "a"), rows(right, published[1], "b"), "perplexity")
+    found = tables.compare_pair(rows(left, published[0], "a"), rows(right, published[1], "b"), "perplexity")
     assert found[1] == verdict
 
 
@@ -420,14 +422,14 @@ def test_the_best_u_of_each_rule_is_that_of_its_means() -> None:
         for u, value in by_u.items()
         for seed in (0, 1)
     ]  # fmt: skip
-    _, _, *lines = tables.best_steps(swept).splitlines()
+    _, _, *lines = tables.best_step_size_table(swept).splitlines()
     assert lines == ["| sign | 3 | 0.01: 1.1 (2 within twice) | 0.1: 0.33 (2 within twice) |"]
-    assert tables.best_steps([row for row in swept if row["rule"] == "sqrt"]) == ""
+    assert tables.best_step_size_table([row for row in swept if row["rule"] == "sqrt"]) == ""
 
 
 def test_curves_are_means_over_equal_stretches() -> None:
-    assert collect.stretches([1, 2, 3, 4, 5, 6], 3) == [1.5, 3.5, 5.5]
-    assert collect.stretches([1, 2], 3) == [1, 2]
+    assert collect.means_over_stretches([1, 2, 3, 4, 5, 6], 3) == [1.5, 3.5, 5.5]
+    assert collect.means_over_stretches([1, 2], 3) == [1, 2]
 
 
 # -- the plans themselves --------------------------------------------------------------------------------------------
@@ -435,14 +437,14 @@ def test_curves_are_means_over_equal_stretches() -> None:
 
 def test_smoke_of_the_paper_runs_from_end_to_end(tmp_path: Path) -> None:
     out = tmp_path / "out"
-    sweep = plan.read(plan.find("wang2024"), "smoke")
-    with execute.alone(out) as lock:
-        assert execute.train_here(sweep, out, 2, lock, print) == []
+    sweep = plan_file.read_plan(plan_file.find_plan("wang2024"), "smoke")
+    with execute.lock_folder(out) as lock:
+        assert execute.train_locally(sweep, out, 2, lock, print) == []
     found = collect.collect(sweep, out)
     assert [row["run"] for row in found] == [run.name for run in sweep.runs]
     (out / "results.csv").write_text(collect.as_csv(found), encoding="utf-8")
     typed = collect.read_csv(out / "results.csv")
-    assert figures.draw("wang2024", typed, out) == [
+    assert figures.draw_figures("wang2024", typed, out) == [
         "wang2024-course.png", "wang2024-step-size.png", "wang2024-published.png",
     ]  # fmt: skip
-    assert tables.orders(typed, sweep.compare).count("\n") == len(tables.NAMES) * len(sweep.compare) + 1
+    assert tables.order_table(typed, sweep.compare).count("\n") == len(tables.FIGURE_TITLES) * len(sweep.compare) + 1

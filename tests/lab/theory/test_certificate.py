@@ -8,8 +8,8 @@ import torch
 from alflb_megatron.lab.theory.certificate import certify, regret_in_hindsight
 from alflb_megatron.lab.theory.claims.convexity import normal_experts
 from alflb_megatron.lab.theory.curvature import moduli, near_ties
-from alflb_megatron.lab.theory.oracles import minimum_cost_flow
 from alflb_megatron.lab.theory.problem import AssignmentProblem, random_problem
+from alflb_megatron.lab.theory.solvers import minimum_cost_flow
 
 
 def test_at_the_optimum_the_gap_is_zero_and_elsewhere_it_is_what_the_dual_says() -> None:

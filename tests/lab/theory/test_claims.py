@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from alflb_megatron import rules
-from alflb_megatron.lab.theory import claims, iteration, oracles
+from alflb_megatron.lab.theory import claims, iteration, solvers
 from alflb_megatron.lab.theory.claims.balance import ApproximateBalance
 from alflb_megatron.lab.theory.claims.convexity import StrongConvexity
 from alflb_megatron.lab.theory.claims.lagrangian import LagrangianChange, largest_step
@@ -20,8 +20,8 @@ from alflb_megatron.lab.theory.claims.regret import Regret
 from alflb_megatron.lab.theory.claims.structure import Structure
 from alflb_megatron.lab.theory.curvature import IndependentScores, laplacian
 from alflb_megatron.lab.theory.iteration import Move, Step
-from alflb_megatron.lab.theory.online import Stream
 from alflb_megatron.lab.theory.problem import AssignmentProblem, Optimum, random_problem
+from alflb_megatron.lab.theory.score_stream import Stream
 
 SMALL = {
     "lagrangian": LagrangianChange(tokens=256, steps=150, seeds=2),
@@ -109,7 +109,7 @@ def test_a_step_too_large_raises_the_lagrangian() -> None:
 def test_an_oracle_that_is_not_one_is_found() -> None:
     def near(problem: AssignmentProblem) -> Optimum:
         """Stops half way."""
-        found = oracles.minimum_cost_flow(problem)
+        found = solvers.minimum_cost_flow(problem)
         bias = found.bias / 2
         return Optimum(found.assignment, bias, found.value, problem.dual(bias))
 

@@ -14,6 +14,7 @@ import torch
 from alflb_megatron.lab import cli
 from alflb_megatron.lab.replay.scores import open_scores
 from alflb_megatron.lab.theory import command as theory
+from alflb_megatron.lab.theory import tables
 from alflb_megatron.lab.theory.certificate import certify, regret_in_hindsight
 from alflb_megatron.lab.training.certificates import POOLED
 from alflb_megatron.lab.training.resolve import resolve
@@ -31,8 +32,8 @@ def test_one_claim_writes_its_table_figures_and_picture(tmp_path: Path, capsys: 
     assert {row["verdict"] for row in claim["rows"]} == {"holds"}
     assert claim["figures"]["switches"]["any other"] == 0 and claim["source"]
     assert (tmp_path / "preference.png").read_bytes().startswith(b"\x89PNG")
-    assert max(map(len, theory.format_table(written, width=100).splitlines())) <= 100
-    assert theory.markdown_table(claim).count("\n") == 1 + len(claim["rows"])
+    assert max(map(len, tables.format_table(written, width=100).splitlines())) <= 100
+    assert tables.markdown_table(claim).count("\n") == 1 + len(claim["rows"])
 
 
 def test_every_claim_with_a_picture_can_be_drawn(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from scipy import stats
 
-from alflb_megatron.lab.theory.claims.convexity import around, modulus_within, normal_experts
+from alflb_megatron.lab.theory.claims.convexity import moduli_around, modulus_within, normal_experts
 from alflb_megatron.lab.theory.claims.structure import mixed_experts
 from alflb_megatron.lab.theory.curvature import IndependentScores, counts_above, laplacian, moduli, near_ties
 from alflb_megatron.lab.theory.problem import zero_sum
@@ -83,4 +83,4 @@ def test_a_graph_that_falls_apart_has_modulus_zero() -> None:
 
 def test_the_modulus_falls_with_the_radius() -> None:
     model = normal_experts(4, 1)
-    assert modulus_within(model, 1.0, 4) < modulus_within(model, 0.5, 4) < around(model, 0.0, 4)[0].smallest
+    assert modulus_within(model, 1.0, 4) < modulus_within(model, 0.5, 4) < moduli_around(model, 0.0, 4)[0].smallest

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from alflb_megatron.lab.theory import oracles
+from alflb_megatron.lab.theory import solvers
 from alflb_megatron.lab.theory.problem import AssignmentProblem, random_problem, zero_sum
 
 
@@ -37,9 +37,9 @@ def enumerated(problem: AssignmentProblem) -> float:
 def test_every_solver_finds_the_enumerated_optimum(tokens: int, experts: int, topk: int, seed: int) -> None:
     problem = random_problem(tokens, experts, topk, seed)
     best = enumerated(problem)
-    assert oracles.minimum_cost_flow(problem).value == pytest.approx(best, abs=1e-12)
-    assert oracles.linear_programme(problem).value == pytest.approx(best, abs=1e-9)
-    assert oracles.integer_programme(problem)[1] == pytest.approx(best, abs=1e-9)
+    assert solvers.minimum_cost_flow(problem).value == pytest.approx(best, abs=1e-12)
+    assert solvers.linear_programme(problem).value == pytest.approx(best, abs=1e-9)
+    assert solvers.integer_programme(problem)[1] == pytest.approx(best, abs=1e-9)
 
 
 @settings(max_examples=25, deadline=None)
@@ -52,10 +52,10 @@ def test_the_flow_is_feasible_and_proves_itself(tokens: int, experts: int, data:
     scores = torch.randn(tokens, experts, generator=generator, dtype=torch.float64)
     scores += 3 * torch.randn(experts, generator=generator, dtype=torch.float64)
     problem = AssignmentProblem(scores.round() if coarse else scores, topk)
-    found = oracles.minimum_cost_flow(problem)
+    found = solvers.minimum_cost_flow(problem)
     _feasible(problem, found.assignment)
     assert abs(found.gap) < 1e-9
-    assert found.value == pytest.approx(oracles.linear_programme(problem).value, abs=1e-7)
+    assert found.value == pytest.approx(solvers.linear_programme(problem).value, abs=1e-7)
 
 
 def _feasible(problem: AssignmentProblem, x: Tensor) -> None:
@@ -67,7 +67,7 @@ def _feasible(problem: AssignmentProblem, x: Tensor) -> None:
 @pytest.mark.parametrize(("tokens", "experts", "topk"), [(600, 16, 3), (301, 12, 5)])
 def test_the_solvers_agree_on_larger_problems(tokens: int, experts: int, topk: int) -> None:
     problem = random_problem(tokens, experts, topk, seed=5, preference=1.5)
-    flow, programme = oracles.minimum_cost_flow(problem), oracles.linear_programme(problem)
+    flow, programme = solvers.minimum_cost_flow(problem), solvers.linear_programme(problem)
     assert flow.value == pytest.approx(programme.value, abs=1e-7)
     assert problem.dual(programme.bias) == pytest.approx(flow.dual, abs=1e-7)
     assert flow.steps > 0  # something was left for the exact method to do
@@ -76,7 +76,7 @@ def test_the_solvers_agree_on_larger_problems(tokens: int, experts: int, topk: i
 
 def test_a_large_batch_is_solved_with_proof() -> None:
     problem = random_problem(16_384, 64, 6, seed=1)
-    found = oracles.minimum_cost_flow(problem)
+    found = solvers.minimum_cost_flow(problem)
     _feasible(problem, found.assignment)
     assert abs(found.gap) <= 1e-9 * found.dual
 
@@ -84,14 +84,14 @@ def test_a_large_batch_is_solved_with_proof() -> None:
 def test_the_integer_programme_needs_whole_loads() -> None:
     problem = random_problem(5, 3, 1, seed=0)
     assert problem.units == 3
-    with pytest.raises(oracles.SolverError):
-        oracles.integer_programme(problem)
-    _feasible(problem, oracles.minimum_cost_flow(problem).assignment)
+    with pytest.raises(solvers.SolverError):
+        solvers.integer_programme(problem)
+    _feasible(problem, solvers.minimum_cost_flow(problem).assignment)
 
 
 def test_weak_duality_and_the_lagrangian() -> None:
     problem = random_problem(50, 6, 2, seed=2)
-    found = oracles.minimum_cost_flow(problem)
+    found = solvers.minimum_cost_flow(problem)
     generator = torch.Generator().manual_seed(0)
     for _ in range(20):
         p = torch.randn(6, generator=generator, dtype=torch.float64)

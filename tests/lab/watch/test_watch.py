@@ -23,7 +23,7 @@ from alflb_megatron.lab.records.metrics_file import read_metrics
 from alflb_megatron.lab.records.step_record import LayerRecord
 from alflb_megatron.lab.records.summary import maxvio_text
 from alflb_megatron.lab.watch.follow import FollowedRun, MetricsTail
-from alflb_megatron.lab.watch.view import BLOCKS, PLAIN, frame, levels, loads_text, sparkline
+from alflb_megatron.lab.watch.view import BLOCKS, PLAIN, block_levels, loads_text, render_frame, sparkline
 from alflb_megatron.lab.watch.watch import watch
 from tests.lab.report.test_report import train
 
@@ -53,7 +53,7 @@ def shown(
 ) -> str:
     buffer = io.TextIOWrapper(io.BytesIO(), encoding=encoding, errors="replace", newline="\n")
     console = Console(file=buffer, width=width, height=height, highlight=False, markup=False)
-    console.print(frame(followed, console, whole))
+    console.print(render_frame(followed, console, whole))
     buffer.flush()
     return buffer.buffer.getvalue().decode(encoding)
 
@@ -183,7 +183,7 @@ def test_alarms_and_rejected_steps_are_shown_and_no_control_code_of_a_file_is(go
 
 
 def test_characters_for_values():
-    assert levels(np.array([0.0, 1.0, 2.0, np.nan, 9.0]), 0.0, 2.0, PLAIN) == ".+@ @"
+    assert block_levels(np.array([0.0, 1.0, 2.0, np.nan, 9.0]), 0.0, 2.0, PLAIN) == ".+@ @"
     text, many, means = sparkline(np.array([1.0] * 40 + [10.0] * 40), 8, BLOCKS)
     assert text == "▁▁▁▁████" and many == 80 and means.tolist() == [1.0] * 4 + [10.0] * 4
     assert sparkline(np.array([np.nan, 0.0]), 8, BLOCKS)[0] == ""

@@ -12,8 +12,8 @@ import torch
 
 from alflb_megatron.lab.theory import curvature, iteration
 from alflb_megatron.lab.theory.claims import Claim, Finding, Progress, Row, Verdict, holds_if, register
-from alflb_megatron.lab.theory.oracles import minimum_cost_flow
 from alflb_megatron.lab.theory.problem import AssignmentProblem, Optimum, random_problem
+from alflb_megatron.lab.theory.solvers import minimum_cost_flow
 
 BAND = (16, 2)
 """Experts and K of the runs of a constant step."""

@@ -13,8 +13,8 @@ from scipy import stats
 
 from alflb_megatron.lab.theory.claims import Claim, Finding, Progress, Row, Verdict, holds_if, register
 from alflb_megatron.lab.theory.curvature import IndependentScores, Moduli, laplacian, moduli, near_ties
-from alflb_megatron.lab.theory.oracles import minimum_cost_flow
 from alflb_megatron.lab.theory.problem import AssignmentProblem, zero_sum
+from alflb_megatron.lab.theory.solvers import minimum_cost_flow
 
 
 def normal_experts(
@@ -31,7 +31,7 @@ def heavy_preferences(experts: int, tail: float, seed: int) -> list[float]:
     return [float(d) for d in draws - draws.mean()]
 
 
-def around(model: IndependentScores, radius: float, directions: int) -> list[Moduli]:
+def moduli_around(model: IndependentScores, radius: float, directions: int) -> list[Moduli]:
     """The moduli at points of the zero-sum sphere |p| = radius: one expert against the others, then random ones."""
     experts = len(model.experts)
     generator = torch.Generator().manual_seed(3)
@@ -49,7 +49,7 @@ def around(model: IndependentScores, radius: float, directions: int) -> list[Mod
 def modulus_within(model: IndependentScores, radius: float, directions: int = 24, spheres: int = 4) -> float:
     """The smallest modulus found within |p| <= radius: a search, so the true one may be a little less."""
     radii = [radius * at / spheres for at in range(spheres + 1)]
-    return min(m.smallest for r in radii for m in around(model, r, directions))
+    return min(m.smallest for r in radii for m in moduli_around(model, r, directions))
 
 
 @register
@@ -160,7 +160,7 @@ class StrongConvexity(Claim):
 
     def _ball(self, radius: float) -> dict[str, float]:
         """The smallest modulus found at distance `radius` from the optimum of equal experts."""
-        found = around(normal_experts(self.experts, self.topk), radius, self.directions)
+        found = moduli_around(normal_experts(self.experts, self.topk), radius, self.directions)
         least = min(found, key=lambda m: m.smallest)
         ceiling = math.sqrt(self.topk * (1 - self.topk / self.experts)) / radius if radius else math.inf
         return {"radius": radius, "modulus": least.smallest, "bound": least.bound, "ceiling": ceiling,

@@ -9,35 +9,23 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from alflb_megatron import rules
-from alflb_megatron.lab.theory import fit, online
 from alflb_megatron.lab.theory.claims import Claim, Finding, Progress, Row, Verdict, holds_if, register
 from alflb_megatron.lab.theory.claims.convexity import modulus_within
-from alflb_megatron.lab.theory.curvature import moduli
-from alflb_megatron.lab.theory.fit import Growth
-from alflb_megatron.lab.theory.online import Stream, StreamOutcome
+from alflb_megatron.lab.theory.growth_fit import Growth, fit_growth
+from alflb_megatron.lab.theory.regret_streams import (
+    AT,
+    CLOSE,
+    CLOSE_MULTIPLE,
+    MULTIPLES,
+    QUICK,
+    SWEPT,
+    UNEVEN,
+    harmonic_rules,
+    rules_for_moving_means,
+    swept_rules,
+)
+from alflb_megatron.lab.theory.score_stream import Stream, StreamOutcome, run_stream
 from alflb_megatron.rules import Rule
-
-SWEPT = ("sign", "proportional", "sqrt", "harmonic")
-STEP_SIZES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)
-"""u, in the unit of the rules: score units per relative violation (L - A) / L."""
-MULTIPLES = {f"u/n, u = {m:g}/mu": m for m in (0.125, 0.25, 0.5, 0.75, 1.0, 2.0, 4.0)}
-"""u of u/n around 1 / mu, mu that at p*, by label."""
-AT = "u/n, u = 1/mu"
-
-QUICK = Stream(seeds=20)
-CLOSE, CLOSE_MULTIPLE = Stream(tokens=512, spread=0.1), 2.0
-"""A stream whose iterates stay close to p*, and u for it in units of 1 / mu."""
-UNEVEN = (0.25, 0.35, 0.5, 0.7, 1.0, 1.4, 2.0, 2.8)
-"""Widths of eight experts' scores: the curvature then differs by direction."""
-
-
-def _harmonic(stream: Stream, multiples: Mapping[str, float]) -> dict[str, Rule]:
-    """u/n with u in units of 1 / mu(p*); u per token is K / E of it in the unit of the rules."""
-    model = stream.model()
-    mu = moduli(model.weights(model.optimum())).smallest
-    unit = stream.topk / stream.experts
-    return {label: rules.make("harmonic", step_size=m * unit / mu) for label, m in multiples.items()}
 
 
 @register
@@ -70,39 +58,32 @@ class Regret(Claim):
 
     def check(self, progress: Progress | None = None) -> Finding:
         shape = self.stream
-        around = _harmonic(shape, MULTIPLES)
+        around = harmonic_rules(shape, MULTIPLES)
         enough = {label: around[label] for label, m in MULTIPLES.items() if m >= 1}
         if self.enough is not None:
             enough = dict(self.enough)
-        swept: dict[str, Rule] = {
-            f"{name} u={u:g}": rules.make(name, step_size=u) for name in SWEPT for u in STEP_SIZES
-        }
-        swept |= {name: rules.make(name) for name in ("quantile", "adaptive")}
-        still = online.run(
-            shape, swept | around | enough, self.steps, solve=min(self.steps, 512), progress=_part(progress, 0, 4)
+        still = run_stream(
+            shape,
+            swept_rules() | around | enough,
+            self.steps,
+            solve=min(self.steps, 512),
+            progress=_part(progress, 0, 4),
         )
         uneven = replace(shape, widths=UNEVEN)
-        bent = online.run(
+        bent = run_stream(
             uneven,
-            _harmonic(uneven, {label: m for label, m in MULTIPLES.items() if m in (1.0, 2.0)}),
+            harmonic_rules(uneven, {label: m for label, m in MULTIPLES.items() if m in (1.0, 2.0)}),
             self.steps,
             progress=_part(progress, 1, 4),
         )
         close_by = replace(CLOSE, seeds=shape.seeds)
-        close = online.run(
-            close_by, _harmonic(close_by, {"u/n": CLOSE_MULTIPLE}), self.steps, progress=_part(progress, 2, 4)
+        close = run_stream(
+            close_by, harmonic_rules(close_by, {"u/n": CLOSE_MULTIPLE}), self.steps, progress=_part(progress, 2, 4)
         )
         mu, unit = still.moduli.smallest, shape.topk / shape.experts
-        moving = {
-            AT: around[AT],
-            "u/sqrt n, u = 1/mu": rules.make("sqrt", step_size=unit / mu),
-            "sign u=0.01": rules.make("sign", step_size=1e-2),
-            "proportional u=0.1": rules.make("proportional", step_size=0.1),
-            "quantile": rules.make("quantile"),
-            "adaptive": rules.make("adaptive"),
-        }
-        moved = online.run(replace(shape, drift=self.drift), moving, self.steps, progress=_part(progress, 3, 4))
-        growths = {label: fit.growth(rows) for label, rows in still.regret.items()}
+        moving = {AT: around[AT], **rules_for_moving_means(unit, mu)}
+        moved = run_stream(replace(shape, drift=self.drift), moving, self.steps, progress=_part(progress, 3, 4))
+        growths = {label: fit_growth(rows) for label, rows in still.regret.items()}
         last = {label: float(rows[:, -1].mean()) for label, rows in still.regret.items()}
         return Finding(
             [
@@ -169,7 +150,7 @@ class Regret(Claim):
         )
 
     def _bent(self, bent: StreamOutcome) -> Row:
-        found = {label: fit.growth(rows) for label, rows in bent.regret.items()}
+        found = {label: fit_growth(rows) for label, rows in bent.regret.items()}
         return Row(
             "so it does where the curvature differs by direction",
             f"widths {UNEVEN[0]:g} to {UNEVEN[-1]:g}: largest / mu = {bent.moduli.largest / bent.moduli.smallest:.0f}; "
@@ -260,7 +241,7 @@ class Regret(Claim):
 
     def _moving(self, moved: StreamOutcome) -> Row:
         slopes = sorted(((_tail(rows), label) for label, rows in moved.regret.items()))
-        found = fit.growth(moved.regret[AT])
+        found = fit_growth(moved.regret[AT])
         return Row(
             "the regret of u/n stays logarithmic when the comparator moves",
             f"means walk by {self.drift:g} a step; dynamic regret per step, last quarter; exponent of u/n",

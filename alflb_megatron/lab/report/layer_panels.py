@@ -10,7 +10,7 @@ import numpy as np
 
 from alflb_megatron.lab.display.plot_style import style_axes
 from alflb_megatron.lab.records.history import History, LayerHistory
-from alflb_megatron.lab.report.figures import canvas, steps_text
+from alflb_megatron.lab.report.axes import new_figure, steps_text
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -38,7 +38,7 @@ def shown_layers(run: History) -> list[LayerHistory]:
 def _panels(run: History, layers: Sequence[LayerHistory]) -> tuple[Figure, list[Axes]]:
     rows, columns = _grid(layers)
     height = 2.6 if len(layers) == 1 else {1: 1.5, 2: 1.5, 3: 1.35, 4: 1.15}[columns]
-    figure = canvas(0.75 + rows * height)
+    figure = new_figure(0.75 + rows * height)
     every = figure.subplots(rows, columns, squeeze=False, sharex=True)
     axes = list(every.flat)[: len(layers)]
     for unused in list(every.flat)[len(layers) :]:

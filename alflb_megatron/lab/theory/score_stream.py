@@ -23,8 +23,8 @@ from torch import Tensor
 
 from alflb_megatron import margins
 from alflb_megatron.lab.theory.curvature import IndependentScores, Moduli, laplacian, moduli
-from alflb_megatron.lab.theory.oracles import minimum_cost_flow
 from alflb_megatron.lab.theory.problem import AssignmentProblem, zero_sum
+from alflb_megatron.lab.theory.solvers import minimum_cost_flow
 from alflb_megatron.margins import BINS
 from alflb_megatron.rules import Rule, Stats
 
@@ -49,7 +49,7 @@ class Stream:
 
 
 @dataclass
-class _Runner:
+class _RuleOnStream:
     """One rule on S streams, its biases [S, E] updated together, as layers are."""
 
     rule: Rule
@@ -111,9 +111,9 @@ class StreamOutcome:
 
 
 @torch.no_grad()
-def run(
+def run_stream(
     stream: Stream,
-    players: Mapping[str, Rule],
+    rules: Mapping[str, Rule],
     steps: int,
     solve: int = 0,
     progress: Callable[[int, int], None] | None = None,
@@ -131,12 +131,13 @@ def run(
     weights_EE = model.weights(base_E)
     width_E = torch.tensor(stream.widths or (1.0,) * experts, dtype=torch.float64)
     means_SE = stream.spread * torch.randn(seeds, experts, generator=generator, dtype=torch.float64)
-    runners = {
-        label: _Runner(rule, torch.zeros(seeds, experts), rule.init(seeds, experts)) for label, rule in players.items()
+    on_stream = {
+        label: _RuleOnStream(rule, torch.zeros(seeds, experts), rule.init(seeds, experts))
+        for label, rule in rules.items()
     }
-    excess = {label: torch.zeros(seeds, steps, dtype=torch.float64) for label in players}
-    farthest = dict.fromkeys(players, 0.0)
-    squared = {label: torch.zeros(steps, dtype=torch.float64) for label in players}
+    excess = {label: torch.zeros(seeds, steps, dtype=torch.float64) for label in rules}
+    farthest = dict.fromkeys(rules, 0.0)
+    squared = {label: torch.zeros(steps, dtype=torch.float64) for label in rules}
     outer_EE = torch.zeros(experts, experts, dtype=torch.float64)
     kept: list[Tensor] = []
     best_value_S = torch.zeros(seeds, dtype=torch.float64)
@@ -148,9 +149,9 @@ def run(
         value_S = top_STK.sum((1, 2)) / tokens
         gradient_SE = _loads(index_STK, experts).double() / tokens - topk / experts
         outer_EE += gradient_SE.t() @ gradient_SE / (seeds * steps)
-        for label, runner in runners.items():
-            bias_SE = runner.bias_SE.double()
-            played_S, squared_S = runner.step(scores_STE, topk, n)
+        for label, one in on_stream.items():
+            bias_SE = one.bias_SE.double()
+            played_S, squared_S = one.step(scores_STE, topk, n)
             squared[label][n - 1] = squared_S.mean()
             away_SE = bias_SE - best_SE
             excess[label][:, n - 1] = played_S - value_S - (gradient_SE * away_SE).sum(1)

@@ -42,7 +42,7 @@ def octaves(steps: int, first: int) -> NDArray[np.int64]:
     return first * 2 ** np.arange(count)
 
 
-def growth(curves_SN: Array, first: int = 16, resamples: int = 1000, seed: int = 0) -> Growth:
+def fit_growth(curves_SN: Array, first: int = 16, resamples: int = 1000, seed: int = 0) -> Growth:
     """Fits cumulative curves [seeds, steps] from step `first` on.
 
     ValueError unless there are 2 seeds and 3 octaves.

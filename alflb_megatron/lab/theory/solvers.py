@@ -75,7 +75,7 @@ def near_optimum(problem: AssignmentProblem, bias_E: Tensor | None = None) -> Te
     if problem.topk == problem.experts or problem.tokens == 1:
         return torch.zeros(problem.experts, dtype=torch.float64)
 
-    def look(bias_E: Tensor) -> tuple[float, Tensor]:
+    def maxvio_under(bias_E: Tensor) -> tuple[float, Tensor]:
         ranked_TE = problem.scores + bias_E
         top_TJ, experts_TJ = ranked_TE.topk(problem.topk + 1, dim=1)
         experts_TK = experts_TJ[:, : problem.topk]
@@ -84,7 +84,7 @@ def near_optimum(problem: AssignmentProblem, bias_E: Tensor | None = None) -> Te
 
     start_E = torch.zeros(problem.experts, dtype=torch.float64) if bias_E is None else bias_E.double()
     lowest = math.ceil(problem.load) / problem.load - 1
-    return descend(look, lambda found: margins.exact_move(found, problem.load), start_E, lowest).bias
+    return descend(maxvio_under, lambda found: margins.exact_move(found, problem.load), start_E, lowest).bias
 
 
 def minimum_cost_flow(
@@ -112,18 +112,18 @@ def minimum_cost_flow(
     cost_EE = torch.full((experts, experts), math.inf, dtype=torch.float64)
     token_EE = torch.zeros((experts, experts), dtype=torch.int64)
 
-    def look(k: int) -> None:
+    def update_edges(k: int) -> None:
         """The edges out of expert k, from the tokens that it holds now."""
-        held = x_ET[k].nonzero().squeeze(1)
-        if not held.numel():
+        tokens_T = x_ET[k].nonzero().squeeze(1)
+        if not tokens_T.numel():
             cost_EE[k] = math.inf
             return
-        lost = (scores_ET[k, held] - scores_ET[:, held]).masked_fill_(x_ET[:, held] == units, math.inf)
+        lost = (scores_ET[k, tokens_T] - scores_ET[:, tokens_T]).masked_fill_(x_ET[:, tokens_T] == units, math.inf)
         cost_EE[k], at = lost.min(dim=1)
-        token_EE[k] = held[at]
+        token_EE[k] = tokens_T[at]
 
     for k in range(experts):
-        look(k)
+        update_edges(k)
     to_move, moved, paths = int(excess_E.clamp(min=0).sum()), 0, 0
     while moved < to_move:
         reduced_EE = (cost_EE + p[:, None] - p[None, :]).clamp(min=0)  # below zero by rounding alone
@@ -149,7 +149,7 @@ def minimum_cost_flow(
         excess_E[path[0]] -= amount
         excess_E[target] += amount
         for k in touched:
-            look(k)
+            update_edges(k)
         moved, paths = moved + amount, paths + 1
         if progress is not None:
             progress(moved, to_move)
