@@ -21,7 +21,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-SLOTS = 16
+CHECKSUM_SIZE = 16
 """int64 numbers that ride along: eight bytes and their squares; sums over up to 33,000 ranks fit 32 bits."""
 
 
@@ -50,8 +50,8 @@ def _weights(count: int, device: torch.device) -> Tensor:
     return (index * -7046029254386353131) ^ (index << 17) | 1
 
 
-def slots(digests: Sequence[Tensor]) -> Tensor:
-    """What rides along: int64 [SLOTS], from one digest a layer."""
+def checksum(digests: Sequence[Tensor]) -> Tensor:
+    """What rides along: int64 [CHECKSUM_SIZE], from one digest a layer."""
     stacked = torch.stack(list(digests))
     odd = 2 * torch.arange(stacked.numel(), device=stacked.device) + 1
     whole = (stacked * odd).sum()
@@ -59,8 +59,8 @@ def slots(digests: Sequence[Tensor]) -> Tensor:
     return torch.cat([bytes_, bytes_ * bytes_])
 
 
-def agreed(summed: Tensor, ranks: int) -> Tensor:
-    """Whether the `slots` of `ranks` ranks that gave this sum (integer [SLOTS]) were the same; bool scalar."""
+def all_agree(summed: Tensor, ranks: int) -> Tensor:
+    """Whether `ranks` ranks whose `checksum`s sum to this (integer [CHECKSUM_SIZE]) had the same one; bool scalar."""
     bytes_, squares = summed.to(torch.int64).chunk(2)
     return (ranks * squares == bytes_ * bytes_).all()
 
@@ -82,14 +82,14 @@ def locate(digests: Sequence[Tensor], group: dist.ProcessGroup | None) -> Disagr
     return Disagreement(layers, source)
 
 
-def share(tensors: Iterable[Tensor], source: int, group: dist.ProcessGroup | None) -> None:
+def broadcast_from(tensors: Iterable[Tensor], source: int, group: dist.ProcessGroup | None) -> None:
     """Overwrites `tensors`, in place, with what rank `source` of `group` holds."""
     options: dict[str, Any] = {} if group is None else {"group": group}
     for tensor in tensors:
         dist.broadcast(tensor, src=source if group is None else dist.get_global_rank(group, source), **options)
 
 
-def described(found: Disagreement, layers: Sequence[int], group: dist.ProcessGroup | None) -> str:
+def describe(found: Disagreement, layers: Sequence[int], group: dist.ProcessGroup | None) -> str:
     """In words: which layers (`layers`: their numbers, by index) and which ranks of the whole job differ."""
 
     def name(rank: int) -> int:

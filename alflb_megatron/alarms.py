@@ -1,7 +1,7 @@
 """When something about the balance has been wrong for long: one clear line, with what to do, now and then.
 
-Counting is done on the device at every update and costs no synchronisation; every `LOOK_EVERY` updates the counts are
-read, and a line is given for each kind of alarm, about its worst layer, at most once in `AGAIN` updates.
+Counting is done on the device at every update and costs no synchronisation; every `READ_EVERY` updates the counts are
+read, and a line is given for each kind of alarm, about its worst layer, at most once in `REPEAT_AFTER` updates.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ from torch import Tensor
 from alflb_megatron import metrics
 from alflb_megatron.config import PREFIX, ALFConfig
 
-LOOK_EVERY = 10
+READ_EVERY = 10
 """Updates between looks at the counts."""
 
-AGAIN = 1000
+REPEAT_AFTER = 1000
 """Updates before the same kind of alarm is given again."""
 
 LARGEST_SCORE_GAP = 1.0
@@ -110,12 +110,12 @@ class Alarms:
         self._refused_L = self._refused_L + refused_L
         self._now = vio_L, spread_L
 
-    def look(self, update: int) -> list[str]:
+    def due_lines(self, update: int) -> list[str]:
         """The lines to be given after `update` updates; reads from the device. [] where all is well, or between looks.
 
         Every rank finds the same lines, since loads and biases are the same on all of them.
         """
-        if update % LOOK_EVERY or not self._starved:
+        if update % READ_EVERY or not self._starved:
             return []
         starved_L, expert_L = torch.zeros_like(self._vio_L), torch.zeros_like(self._vio_L)
         for width, of in self._widths.items():
@@ -137,7 +137,7 @@ class Alarms:
 
     def is_due(self, name: str, update: int) -> bool:
         """Whether a line of this kind may be given now; if so, it counts as given."""
-        due = update - self._given.get(name, -AGAIN) >= AGAIN
+        due = update - self._given.get(name, -REPEAT_AFTER) >= REPEAT_AFTER
         if due:
             self._given[name] = update
         return due

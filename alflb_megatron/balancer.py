@@ -24,16 +24,16 @@ from alflb_megatron import agreement, margins, metrics
 from alflb_megatron.agreement import DisagreementError
 from alflb_megatron.alarms import Alarms
 from alflb_megatron.config import PREFIX, ALFConfig
-from alflb_megatron.loads import LoadSum, LoadWindow, Seen
-from alflb_megatron.rules import State, Stats, kept
+from alflb_megatron.loads import LoadAllReduce, LoadCounter, LoadCounts
+from alflb_megatron.rules import State, Stats, keep_where
 
 logger = logging.getLogger(__name__)
 
 
-class Seat(Protocol):
+class BalancedRouter(Protocol):
     """A router the balancer serves: `ALFRouter`, or any router that only has its loads watched (`alf` is None)."""
 
-    load_window: LoadWindow
+    load_counter: LoadCounter
     alf: ALFConfig | None
     expert_bias: Tensor | None
 
@@ -77,16 +77,16 @@ class Balancer:
     """Serves the routers of one model: launch, commit, and the record of the last global batch."""
 
     def __init__(
-        self, seats: Iterable[nn.Module], layers: Sequence[int], group: dist.ProcessGroup | None = None
+        self, routers: Iterable[nn.Module], layers: Sequence[int], group: dist.ProcessGroup | None = None
     ) -> None:
-        self.seats: list[Seat] = [cast(Seat, seat) for seat in seats]
+        self.routers: list[BalancedRouter] = [cast(BalancedRouter, router) for router in routers]
         self.layers = tuple(layers)
         self.group = group
         self.last: Record | None = None
         self.updates = 0
         self.rejections: Tensor | int = 0  # updates refused so far, int64 [layers] once there was one to judge
         self.disagreements = 0  # checks so far that found ranks with different biases or rule state
-        self._sum: LoadSum | None = None
+        self._sum: LoadAllReduce | None = None
         self._digests: list[Tensor] = []
         self._alarms: Alarms | None = None
         self._indices: dict[tuple[int, ...], Tensor] = {}
@@ -94,10 +94,12 @@ class Balancer:
     @torch.no_grad()
     def launch(self) -> None:
         """Starts the all-reduce of this global batch's loads. Nothing happens while one is under way."""
-        if self._sum is None and self.seats:
-            self._digests = [agreement.digest(_held(seat)) for seat in self._ours()] if self._is_checked() else []
-            riding = agreement.slots(self._digests) if self._digests else None
-            self._sum = LoadSum([seat.load_window for seat in self.seats], self.group, passenger=riding)
+        if self._sum is None and self.routers:
+            self._digests = (
+                [agreement.digest(_replicated_state(router)) for router in self._ours()] if self._is_checked() else []
+            )
+            checksum = agreement.checksum(self._digests) if self._digests else None
+            self._sum = LoadAllReduce([router.load_counter for router in self.routers], self.group, piggyback=checksum)
 
     @torch.no_grad()
     def commit(self) -> Record | None:
@@ -110,21 +112,21 @@ class Balancer:
         if self._sum is None:
             return None
         seen, sent_from_here = self._sum.wait(), self._sum.sent
-        riding, self._sum = self._sum.passenger, None
-        disagreement = self._check(riding) if self._digests else ""
-        device = seen[0].unsound.device
+        checksum, self._sum = self._sum.piggyback, None
+        disagreement = self._check(checksum) if self._digests else ""
+        device = seen[0].nonfinite.device
         outcome = _Outcome.of_nothing(len(seen), device)
-        for config, seats in self._alike():
-            rows = _update(config, [self.seats[i] for i in seats], [seen[i] for i in seats])
-            outcome.put(self._index(tuple(seats), device), rows)
-        for seat, sent in zip(self.seats, sent_from_here, strict=True):
-            seat.load_window.take(sent)
+        for config, routers in self._alike():
+            rows = _update(config, [self.routers[i] for i in routers], [seen[i] for i in routers])
+            outcome.put(self._index(tuple(routers), device), rows)
+        for router, sent in zip(self.routers, sent_from_here, strict=True):
+            router.load_counter.subtract(sent)
         self.updates += 1
         self.rejections = self.rejections + outcome.rejected
         self.last = Record(
             layers=self.layers,
             loads=tuple(layer.loads_E for layer in seen),
-            bias=tuple(None if seat.expert_bias is None else seat.expert_bias.clone() for seat in self.seats),
+            bias=tuple(None if router.expert_bias is None else router.expert_bias.clone() for router in self.routers),
             **vars(outcome),
         )
         self._raise_alarms(disagreement)
@@ -136,90 +138,90 @@ class Balancer:
         if self._sum is not None:
             self._sum.wait()
             self._sum = None
-        for seat in self.seats:
-            seat.load_window.reset()
+        for router in self.routers:
+            router.load_counter.reset()
 
     def _alike(self) -> list[tuple[ALFConfig, list[int]]]:
-        """Indices of the seats that can be stepped as one [L, E] stack: same settings, same width."""
+        """Indices of the routers that can be stepped as one [L, E] stack: same settings, same width."""
         stacks: dict[tuple[ALFConfig, int], list[int]] = defaultdict(list)
-        for index, seat in enumerate(self.seats):
+        for index, router in enumerate(self.routers):
             # `frozen_expert_bias` is how Megatron-LM freezes a router (--freeze-all-layers).
-            frozen = seat.alf is None or seat.alf.frozen or getattr(seat, "frozen_expert_bias", False)
-            if not frozen and seat.alf is not None:
-                stacks[seat.alf, seat.load_window.counts_E.numel()].append(index)
+            frozen = router.alf is None or router.alf.frozen or getattr(router, "frozen_expert_bias", False)
+            if not frozen and router.alf is not None:
+                stacks[router.alf, router.load_counter.tokens_per_expert.numel()].append(index)
         return [(config, indices) for (config, _), indices in stacks.items()]
 
-    def _index(self, seats: tuple[int, ...], device: torch.device) -> Tensor:
-        """Indices of seats on the device, made once: a copy to it waits for it."""
-        if seats not in self._indices:
-            self._indices[seats] = torch.tensor(seats, device=device)
-        return self._indices[seats]
+    def _index(self, routers: tuple[int, ...], device: torch.device) -> Tensor:
+        """Indices of routers on the device, made once: a copy to it waits for it."""
+        if routers not in self._indices:
+            self._indices[routers] = torch.tensor(routers, device=device)
+        return self._indices[routers]
 
     # -- what may be wrong -------------------------------------------------------------------------------------------
 
-    def _ours(self) -> list[Seat]:
-        return [seat for seat in self.seats if seat.alf is not None]
+    def _ours(self) -> list[BalancedRouter]:
+        return [router for router in self.routers if router.alf is not None]
 
     def _is_checked(self) -> bool:
         """Whether the update that begins now looks for ranks that differ; every rank has the same settings."""
-        every = max((seat.alf.check_every for seat in self.seats if seat.alf), default=0)
+        every = max((router.alf.check_every for router in self.routers if router.alf), default=0)
         alone = not dist.is_initialized() or dist.get_world_size(self.group) == 1
         return every > 0 and not alone and self.updates % every == 0
 
-    def _check(self, riding: Tensor) -> str:
+    def _check(self, checksum: Tensor) -> str:
         """Finds ranks that differ and makes them equal, or raises; what is to be said of it, "" where all agree."""
         digests, self._digests = self._digests, []
-        if agreement.agreed(riding, dist.get_world_size(self.group)):
+        if agreement.all_agree(checksum, dist.get_world_size(self.group)):
             return ""
         self.disagreements += 1
         found = agreement.locate(digests, self.group)
         ours = self._ours()
-        numbers = [layer for layer, seat in zip(self.layers, self.seats, strict=True) if seat.alf is not None]
-        where = agreement.described(found, numbers, self.group)
+        numbers = [layer for layer, router in zip(self.layers, self.routers, strict=True) if router.alf is not None]
+        where = agreement.describe(found, numbers, self.group)
         text = f"ranks hold other biases or rule state than most ranks do ({where})"
         if any(cast(ALFConfig, ours[index].alf).on_disagreement == "stop" for index in found.layers):
             raise DisagreementError(
                 f"{text}. Look at what those ranks loaded, and at their memory; --{PREFIX}on-disagreement heal goes on"
             )
         for index, source in found.source.items():
-            agreement.share(_held(ours[index]), source, self.group)
+            agreement.broadcast_from(_replicated_state(ours[index]), source, self.group)
         return f"{text}: they have taken over what most hold. Look at what they loaded, and at their memory."
 
     def _raise_alarms(self, disagreement: str) -> None:
         """Counts what may be wrong and gives the lines that are due."""
         assert self.last is not None
         if self._alarms is None:
-            bounded = [getattr(seat, "score_function", "") in ("sigmoid", "softmax") for seat in self.seats]
-            self._alarms = Alarms(self.layers, [seat.alf for seat in self.seats], bounded)
+            bounded = [getattr(router, "score_function", "") in ("sigmoid", "softmax") for router in self.routers]
+            self._alarms = Alarms(self.layers, [router.alf for router in self.routers], bounded)
         alarms: list[str] = []
         if any(config is not None and config.alarm_after for config in self._alarms.configs):
             last = self.last
             self._alarms.count(last.loads, last.max_vio(), last.spread(), last.rejected)
-            alarms = self._alarms.look(self.updates)
+            alarms = self._alarms.due_lines(self.updates)
         if disagreement and self._alarms.is_due("disagreement", self.updates):
             alarms.append(disagreement)
         if alarms:
             self.last = replace(self.last, alarms=tuple(alarms))
-            if self._speaks():
+            if self._is_logging_rank():
                 for line in alarms:
                     level = logging.ERROR if line is disagreement else logging.WARNING
                     logger.log(level, "update %d: %s", self.updates, line)
 
-    def _speaks(self) -> bool:
+    def _is_logging_rank(self) -> bool:
         """Whether this rank is the one of its group that logs."""
         return not dist.is_initialized() or dist.get_rank(self.group) == 0
 
     def _log(self) -> None:
-        every = max((seat.alf.log_every for seat in self.seats if seat.alf), default=0)
-        if self._speaks() and every and self.updates % every == 0 and self.last is not None:
+        every = max((router.alf.log_every for router in self.routers if router.alf), default=0)
+        if self._is_logging_rank() and every and self.updates % every == 0 and self.last is not None:
             vio = self.last.max_vio()
             logger.info("global batch %d: MaxVio mean %.4f max %.4f", self.updates, vio.mean(), vio.max())
 
 
-def _held(seat: Seat) -> list[Tensor]:
+def _replicated_state(router: BalancedRouter) -> list[Tensor]:
     """The tensors that have to be the same on all ranks: bias, n, rule state."""
-    n, state = seat.read_state()
-    return [cast(Tensor, seat.expert_bias), n, *state.values()]
+    n, state = router.read_state()
+    return [cast(Tensor, router.expert_bias), n, *state.values()]
 
 
 @dataclass
@@ -244,15 +246,15 @@ class _Outcome:
             whole.index_copy_(0, layers, getattr(rows, name))
 
 
-def _update(config: ALFConfig, seats: Sequence[Seat], seen: Sequence[Seen]) -> _Outcome:
-    """One step of the rule for seats that share settings and width.
+def _update(config: ALFConfig, routers: Sequence[BalancedRouter], seen: Sequence[LoadCounts]) -> _Outcome:
+    """One step of the rule for routers that share settings and width.
 
     A layer that saw no token is left as it is. So is one whose step is refused: some token's scores were NaN or
     infinite on any rank, counts overflowed, or the rule itself gave a number that is not finite.
     """
-    rows = [seat.read_state() for seat in seats]
+    rows = [router.read_state() for router in routers]
     state: State = {name: torch.stack([row[1][name] for row in rows]) for name in rows[0][1]}
-    bias_LE = torch.stack([cast(Tensor, seat.expert_bias) for seat in seats])
+    bias_LE = torch.stack([cast(Tensor, router.expert_bias) for router in routers])
     loads_LE = torch.stack([layer.loads_E for layer in seen])
     histograms = [layer.histogram_EB for layer in seen if layer.histogram_EB is not None]
     histogram_LEB = torch.stack(histograms) if histograms else None
@@ -261,18 +263,18 @@ def _update(config: ALFConfig, seats: Sequence[Seat], seen: Sequence[Seen]) -> _
     moved_LE, moved = config.rule_knobs.step(bias_LE, Stats(loads_LE, n_L1.squeeze(-1), histogram_LEB), state)
     if config.centring:
         moved_LE = moved_LE - moved_LE.mean(dim=-1, keepdim=True)
-    unsound_L1 = torch.stack([layer.unsound for layer in seen]) > 0
+    nonfinite_L1 = torch.stack([layer.nonfinite for layer in seen]) > 0
     overflown_L1 = (loads_LE < 0).any(dim=-1, keepdim=True)
-    refused_L1 = unsound_L1 | overflown_L1 | ~moved_LE.isfinite().all(dim=-1, keepdim=True)
+    refused_L1 = nonfinite_L1 | overflown_L1 | ~moved_LE.isfinite().all(dim=-1, keepdim=True)
     commit_L1 = some_L1 & ~refused_L1
     if config.stop_after:
         moved_LE, going_L1 = _scheduled(config, bias_LE, moved_LE, n_L1)
         commit_L1 = commit_L1 & going_L1
     moved_LE = torch.where(commit_L1, moved_LE, bias_LE)
     n_L1 = n_L1 - 1 + commit_L1
-    after = {name: kept(commit_L1, rows, state[name]) for name, rows in moved.items()}
-    for row, seat in enumerate(seats):
-        seat.write_state(moved_LE[row], n_L1[row], {name: rows[row] for name, rows in after.items()})
+    after = {name: keep_where(commit_L1, rows, state[name]) for name, rows in moved.items()}
+    for row, router in enumerate(routers):
+        router.write_state(moved_LE[row], n_L1[row], {name: rows[row] for name, rows in after.items()})
     drift_L = (moved_LE - bias_LE).abs().amax(dim=-1)
     nan_L = torch.full_like(drift_L, float("nan"))
     curvature_L = nan_L.double()

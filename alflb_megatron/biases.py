@@ -132,7 +132,7 @@ _FORWARD: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-def of_qb_beta(beta_E: Tensor, score_function: str = "sigmoid", threshold: float | None = None) -> Tensor:
+def bias_from_qb_beta(beta_E: Tensor, score_function: str = "sigmoid", threshold: float | None = None) -> Tensor:
     """The expert bias that chooses as `qb_beta` of Megatron-Core's quantile balancing does, float32 [..., E].
 
     Quantile balancing (megatron-core 0.19, `transformer/moe/router.py`) takes the K experts with the largest
@@ -163,7 +163,7 @@ def of_qb_beta(beta_E: Tensor, score_function: str = "sigmoid", threshold: float
 
 
 def threshold_of_qb_beta(logits_TE: Tensor, beta_E: Tensor, topk: int, score_function: str = "sigmoid") -> float:
-    """The median over tokens of the score at which an expert of beta zero is just not chosen, for `of_qb_beta`.
+    """The median over tokens of the score at which an expert of beta zero is just not chosen, for `bias_from_qb_beta`.
 
     Args:
         logits_TE: [T, E] of some batch; beta_E: [E]; topk: K, below E.

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from alflb_megatron.balancer import Balancer
 from alflb_megatron.config import ALFConfig
-from alflb_megatron.loads import LoadWindow, measuring
+from alflb_megatron.loads import LoadCounter, counting_all_passes
 from alflb_megatron.margins import Threshold
 from alflb_megatron.routing import select
 from alflb_megatron.rules import State
@@ -38,8 +38,8 @@ class Calibration:
     after: Tensor
 
 
-class _Kept:
-    """A router's logits on some tokens, as a seat of a balancer of its own."""
+class _RecordedRouter:
+    """A router's logits on some tokens, served by a balancer of its own (`balancer.BalancedRouter`)."""
 
     alf: ALFConfig | None = ALFConfig(rule="adaptive", check_every=0, alarm_after=0)
 
@@ -48,14 +48,14 @@ class _Kept:
         assert self.alf is not None
         self.gate = dataclasses.replace(router.gate, threshold=Threshold.OWN)
         experts, device = router.expert_bias.numel(), router.expert_bias.device
-        self.load_window = LoadWindow(experts, device, with_margins=True)
+        self.load_counter = LoadCounter(experts, device, with_margins=True)
         self.expert_bias: Tensor | None = router.expert_bias.clone()
         self.n = torch.zeros(1, dtype=torch.int64, device=device)
         self.state: State = {k: rows[0].to(device) for k, rows in self.alf.rule_knobs.init(1, experts).items()}
         self.logits: list[Tensor] = []
         self.held = 0
 
-    def tap(self, logits_TE: Tensor) -> None:
+    def keep(self, logits_TE: Tensor) -> None:
         """Keeps the first tokens that come."""
         if self.held < TOKENS:
             part = logits_TE[: TOKENS - self.held].clone()
@@ -66,7 +66,7 @@ class _Kept:
         """Routes the kept tokens with the bias as it is."""
         for logits_TE in self.logits:
             choice = select(logits_TE, self.gate, self.expert_bias, with_margins=True)
-            self.load_window.observe(choice.experts_TK, ranked_TK=choice.ranked_TK, margins_TE=choice.margins_TE)
+            self.load_counter.observe(choice.experts_TK, ranked_TK=choice.ranked_TK, margins_TE=choice.margins_TE)
 
     def read_state(self) -> tuple[Tensor, State]:
         return self.n, self.state
@@ -87,26 +87,26 @@ def warm_start(balancer: Balancer, forward: Callable[[], object]) -> Calibration
         forward: runs the model over some batches, as the trainer does in evaluation, and trains nothing. The more
             tokens, up to `TOKENS` a rank, the nearer the bias is to that of the data.
     """
-    routers: list[Any] = [seat for seat in balancer.seats if seat.alf is not None]
-    kept = [_Kept(router) for router in routers]
-    for router, seat in zip(routers, kept, strict=True):
-        router.logit_taps = (*router.logit_taps, seat.tap)
+    routers: list[Any] = [router for router in balancer.routers if router.alf is not None]
+    recorded = [_RecordedRouter(router) for router in routers]
+    for router, record in zip(routers, recorded, strict=True):
+        router.logit_hooks = (*router.logit_hooks, record.keep)
     try:
-        with measuring([seat.load_window for seat in balancer.seats]):
+        with counting_all_passes([router.load_counter for router in balancer.routers]):
             forward()
     finally:
         for router in routers:
-            router.logit_taps = router.logit_taps[:-1]
-    layers = tuple(layer for layer, seat in zip(balancer.layers, balancer.seats, strict=True) if seat.alf is not None)
+            router.logit_hooks = router.logit_hooks[:-1]
+    layers = tuple(layer for layer, router in zip(balancer.layers, balancer.routers, strict=True) if router.alf)
     calibrating = Balancer([], layers, balancer.group)
-    calibrating.seats = list(kept)
+    calibrating.routers = list(recorded)
     vio = []
     for _ in range(UPDATES + 1):
-        for seat in kept:
-            seat.route()
+        for router in recorded:
+            router.route()
         calibrating.launch()
-        record = calibrating.commit()
-        vio.append(torch.zeros(0) if record is None else record.max_vio())
-    for router, seat in zip(routers, kept, strict=True):
-        router.begin_with(seat.expert_bias)
+        last = calibrating.commit()
+        vio.append(torch.zeros(0) if last is None else last.max_vio())
+    for router, record in zip(routers, recorded, strict=True):
+        router.start_from(record.expert_bias)
     return Calibration(layers, vio[0], vio[-1])

@@ -17,15 +17,15 @@ from torch import Tensor, nn
 from alflb_megatron import margins
 
 
-class Seen(NamedTuple):
+class LoadCounts(NamedTuple):
     """What one router saw in one global batch."""
 
     loads_E: Tensor  # int64 [E]
-    unsound: Tensor  # int64 [1], tokens with a score that is NaN or infinite
+    nonfinite: Tensor  # int64 [1], tokens with a score that is NaN or infinite
     histogram_EB: Tensor | None  # int32 [E, B], margins, where the rule needs them
 
 
-class LoadWindow(nn.Module):
+class LoadCounter(nn.Module):
     """Counts of one router, in buffers that checkpoints do not hold.
 
     Args:
@@ -34,35 +34,37 @@ class LoadWindow(nn.Module):
         with_margins: whether to count margins too (`margins.add`).
     """
 
-    counts_E: Tensor
-    unsound: Tensor
+    tokens_per_expert: Tensor
+    nonfinite: Tensor
     histogram_EB: Tensor | None
 
     def __init__(
         self, num_experts: int, device: torch.device | int | str | None = None, with_margins: bool = False
     ) -> None:
         super().__init__()
-        self.register_buffer("counts_E", torch.zeros(num_experts, dtype=torch.int64, device=device), persistent=False)
-        self.register_buffer("unsound", torch.zeros(1, dtype=torch.int64, device=device), persistent=False)
+        self.register_buffer(
+            "tokens_per_expert", torch.zeros(num_experts, dtype=torch.int64, device=device), persistent=False
+        )
+        self.register_buffer("nonfinite", torch.zeros(1, dtype=torch.int64, device=device), persistent=False)
         histogram = torch.zeros(num_experts, margins.BINS, dtype=torch.int32, device=device) if with_margins else None
         self.register_buffer("histogram_EB", histogram, persistent=False)
         if histogram is not None:
             margins.edges(histogram.device)  # copied to the device now, not while a CUDA graph is captured
-        self.measuring = False
-        self.seen = 0  # forward passes counted since the last reset; on the host, for diagnostics
+        self.counting_all = False
+        self.passes = 0  # forward passes counted since the last reset; on the host, for diagnostics
 
-    def is_open(self, training: bool) -> bool:
+    def is_counting(self, training: bool) -> bool:
         """Whether a forward pass belongs to the global batch that is being counted.
 
         Recomputation runs a layer first without and then with gradients: only the second pass counts. Evaluation is
         left out by `training`, so a forward pass with gradients in evaluation mode does not leak in.
         """
-        return self.measuring or (training and torch.is_grad_enabled())
+        return self.counting_all or (training and torch.is_grad_enabled())
 
     @property
     def wants_margins(self) -> bool:
         """Whether the pass that is being counted should bring its margins."""
-        return self.histogram_EB is not None and not self.measuring
+        return self.histogram_EB is not None and not self.counting_all
 
     @torch.no_grad()
     def observe(
@@ -78,14 +80,14 @@ class LoadWindow(nn.Module):
         Args:
             experts_TK: chosen experts, int64 [T, K].
             valid_T: bool [T], False at padding, which is not counted; None where all are tokens.
-            ranked_TK: the scores that won; a token is unsound where one of them is NaN or infinite.
+            ranked_TK: the scores that won; a token is nonfinite where one of them is NaN or infinite.
             margins_TE: float32 [T, E], where `wants_margins`.
         """
-        self.seen += 1
+        self.passes += 1
         ones = (
             torch.ones_like(experts_TK) if valid_T is None else valid_T.to(torch.int64)[:, None].expand_as(experts_TK)
         )
-        self.counts_E.scatter_add_(0, experts_TK.reshape(-1), ones.reshape(-1))
+        self.tokens_per_expert.scatter_add_(0, experts_TK.reshape(-1), ones.reshape(-1))
         self._observe_more(ranked_TK, margins_TE, valid_T)
 
     @torch.no_grad()
@@ -98,35 +100,35 @@ class LoadWindow(nn.Module):
         margins_TE: Tensor | None = None,
     ) -> None:
         """The same from a routing map (bool [T, E]) and the gate weights, where a fused kernel gives no more."""
-        self.seen += 1
+        self.passes += 1
         counted_TE = map_TE if valid_T is None else map_TE & valid_T[:, None]
-        self.counts_E += counted_TE.sum(dim=0)
+        self.tokens_per_expert += counted_TE.sum(dim=0)
         self._observe_more(weights_TE, margins_TE, valid_T)
 
     def _observe_more(self, numbers_TX: Tensor | None, margins_TE: Tensor | None, valid_T: Tensor | None) -> None:
         for these_TX, broken in ((numbers_TX, _not_finite), (margins_TE, _not_a_number)):
             if these_TX is not None:
-                unsound_T = broken(these_TX)
-                self.unsound += (unsound_T if valid_T is None else unsound_T & valid_T).sum()
+                nonfinite_T = broken(these_TX)
+                self.nonfinite += (nonfinite_T if valid_T is None else nonfinite_T & valid_T).sum()
         if margins_TE is not None and self.histogram_EB is not None:
             margins.add(self.histogram_EB, margins_TE, valid_T)
 
-    def now(self) -> Seen:
+    def local(self) -> LoadCounts:
         """What has been counted so far, on this rank: the buffers themselves."""
-        return Seen(self.counts_E, self.unsound, self.histogram_EB)
+        return LoadCounts(self.tokens_per_expert, self.nonfinite, self.histogram_EB)
 
-    def take(self, sent: Seen) -> None:
+    def subtract(self, sent: LoadCounts) -> None:
         """Takes out what has been summed; tokens that came meanwhile stay for the next global batch."""
-        for mine, gone in zip(self.now(), sent, strict=True):
+        for mine, gone in zip(self.local(), sent, strict=True):
             if mine is not None and gone is not None:
                 mine -= gone
-        self.seen = 0
+        self.passes = 0
 
     def reset(self) -> None:
-        for mine in self.now():
+        for mine in self.local():
             if mine is not None:
                 mine.zero_()
-        self.seen = 0
+        self.passes = 0
 
 
 def _not_finite(numbers_TX: Tensor) -> Tensor:
@@ -140,50 +142,50 @@ def _not_a_number(margins_TE: Tensor) -> Tensor:
 
 
 @contextmanager
-def measuring(windows: Sequence[LoadWindow]) -> Iterator[None]:
+def counting_all_passes(counters: Sequence[LoadCounter]) -> Iterator[None]:
     """Counts every forward pass inside the block from zero, evaluation included; what was counted before comes back.
 
-    Loads alone: margins are not measured. Read `counts_E` before the block ends.
+    Loads alone: margins are not measured. Read `tokens_per_expert` before the block ends.
     """
-    kept = [(window.counts_E.clone(), window.unsound.clone(), window.seen) for window in windows]
-    for window in windows:
-        window.counts_E.zero_()
-        window.unsound.zero_()
-        window.measuring = True
+    kept = [(counter.tokens_per_expert.clone(), counter.nonfinite.clone(), counter.passes) for counter in counters]
+    for counter in counters:
+        counter.tokens_per_expert.zero_()
+        counter.nonfinite.zero_()
+        counter.counting_all = True
     try:
         yield
     finally:
-        for window, (counts, unsound, seen) in zip(windows, kept, strict=True):
-            window.measuring = False
-            window.counts_E.copy_(counts)
-            window.unsound.copy_(unsound)
-            window.seen = seen
+        for counter, (counts, nonfinite, seen) in zip(counters, kept, strict=True):
+            counter.counting_all = False
+            counter.tokens_per_expert.copy_(counts)
+            counter.nonfinite.copy_(nonfinite)
+            counter.passes = seen
 
 
-class LoadSum:
-    """What several windows saw, being summed over a process group by one asynchronous all-reduce.
+class LoadAllReduce:
+    """What several counters saw, being summed over a process group by one asynchronous all-reduce.
 
     Windows may have different numbers of experts, and histograms or none: all travels as one flat tensor, int64 without
-    histograms and int32 with them, which holds global batches of up to 2^31 - 1 tokens. A `passenger`, a few small
+    histograms and int32 with them, which holds global batches of up to 2^31 - 1 tokens. A `piggyback`, a few small
     integers that are to be summed as well, rides along.
     """
 
     def __init__(
         self,
-        windows: Sequence[LoadWindow],
+        counters: Sequence[LoadCounter],
         group: dist.ProcessGroup | None,
         with_margins: bool = True,
-        passenger: Tensor | None = None,
+        piggyback: Tensor | None = None,
     ) -> None:
-        here = [window.now() for window in windows]
+        here = [counter.local() for counter in counters]
         if not with_margins:
             here = [seen._replace(histogram_EB=None) for seen in here]
         self._here = here
         narrow = any(seen.histogram_EB is not None for seen in here)
         dtype = torch.int32 if narrow else torch.int64
         flat = [part.reshape(-1).to(dtype) for seen in here for part in seen if part is not None]
-        self._riding = 0 if passenger is None else passenger.numel()
-        self._flat = torch.cat(flat if passenger is None else [*flat, passenger.to(dtype)])
+        self._piggybacked = 0 if piggyback is None else piggyback.numel()
+        self._flat = torch.cat(flat if piggyback is None else [*flat, piggyback.to(dtype)])
         self.sent = self._unpack(self._flat.clone())  # this rank's share
         alone = not dist.is_initialized() or dist.get_world_size(group) == 1
         self._work = None if alone else dist.all_reduce(self._flat, group=group, async_op=True)
@@ -193,26 +195,26 @@ class LoadSum:
         """Size of the one tensor that is summed."""
         return self._flat.numel() * self._flat.element_size()
 
-    def wait(self) -> list[Seen]:
-        """What all ranks of the group saw, one for each window, in their order."""
+    def wait(self) -> list[LoadCounts]:
+        """What all ranks of the group saw, one for each counter, in their order."""
         if self._work is not None:
             self._work.wait()
             self._work = None
         return self._unpack(self._flat)
 
     @property
-    def passenger(self) -> Tensor:
+    def piggyback(self) -> Tensor:
         """The sum of what rode along, after `wait`."""
-        return self._flat[self._flat.numel() - self._riding :]
+        return self._flat[self._flat.numel() - self._piggybacked :]
 
-    def _unpack(self, flat: Tensor) -> list[Seen]:
+    def _unpack(self, flat: Tensor) -> list[LoadCounts]:
         """Views of the histograms, int64 of the counts."""
         sizes = [part.numel() for seen in self._here for part in seen if part is not None]
-        parts = iter(flat.split([*sizes, self._riding]))
+        parts = iter(flat.split([*sizes, self._piggybacked]))
         return [
-            Seen(
+            LoadCounts(
                 loads_E=next(parts).to(torch.int64),
-                unsound=next(parts).to(torch.int64),
+                nonfinite=next(parts).to(torch.int64),
                 histogram_EB=None if seen.histogram_EB is None else next(parts).view_as(seen.histogram_EB),
             )
             for seen in self._here

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from alflb_megatron.biases import GRID, Biases, listed, of_qb_beta, threshold_of_qb_beta
+from alflb_megatron.biases import GRID, Biases, bias_from_qb_beta, listed, threshold_of_qb_beta
 from alflb_megatron.routing import Gate, select
 from alflb_megatron.settings import SettingError
 
@@ -47,7 +47,7 @@ def test_beta_is_exact_for_a_token_at_its_threshold(score_function: str) -> None
     for token in logits.split(1):
         theirs = (token - beta).topk(4).indices.sort().values
         at = threshold_of_qb_beta(token, beta, 4, score_function)
-        bias = of_qb_beta(beta, score_function, at)
+        bias = bias_from_qb_beta(beta, score_function, at)
         ours = select(token, Gate(4, score_function), bias).experts_TK.sort().values
         assert torch.equal(theirs, ours)
         assert abs(float(bias.sum())) < 1e-5
@@ -57,7 +57,7 @@ def test_beta_is_exact_for_a_token_at_its_threshold(score_function: str) -> None
 
 def test_beta_on_logits_is_its_negative() -> None:
     beta = torch.randn(3, 8, generator=torch.Generator().manual_seed(5))
-    assert torch.equal(of_qb_beta(beta), -beta)
+    assert torch.equal(bias_from_qb_beta(beta), -beta)
 
 
 @pytest.mark.parametrize(
@@ -66,7 +66,7 @@ def test_beta_on_logits_is_its_negative() -> None:
 )
 def test_a_threshold_that_is_no_score_is_refused(score_function: str, threshold: float, said: str) -> None:
     with pytest.raises(SettingError, match=said):
-        of_qb_beta(torch.zeros(4), score_function, threshold)
+        bias_from_qb_beta(torch.zeros(4), score_function, threshold)
 
 
 def test_layers_are_listed_in_words() -> None:

@@ -36,9 +36,10 @@ from megatron.bridge.training.callbacks import Callback, CallbackContext
 from megatron.bridge.utils import instantiate_utils
 from megatron.core import parallel_state
 
-from alflb_megatron.hosts.core import update_everywhere, watch, with_alflb
-from alflb_megatron.hosts.log import figures, log_line, rest
-from alflb_megatron.router import STATE_PREFIX
+from alflb_megatron.hosts.core import watch, with_alflb
+from alflb_megatron.hosts.log import figures, log_line, other_figures
+from alflb_megatron.hosts.one_line import update_everywhere
+from alflb_megatron.router_state import STATE_PREFIX
 
 Provider = TypeVar("Provider")
 
@@ -158,7 +159,7 @@ class ALFLBCallback(Callback):
         state = context.state
         step, every = state.train_state.step + 1, state.cfg.logger.tensorboard_log_interval  # it counts later
         if shown and every and step % every == 0:
-            self._write(state, rest(shown), step)
+            self._write(state, other_figures(shown), step)
 
     @staticmethod
     def _write(state: Any, shown: dict[str, float], step: int) -> None:

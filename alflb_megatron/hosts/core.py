@@ -1,42 +1,35 @@
 """Megatron-Core: how a layer gets our router, and how the balancer is called once per global batch.
 
-Two ways. *Explicit*: `with_alflb` puts the router into a layer spec and `install` wraps
-`config.finalize_model_grads_func`; nothing of Megatron's is changed. *One line*: `enable` does both for every model
-built afterwards, whoever builds it, and `disable` takes it back.
+`with_alflb` puts the router into a layer spec and `install` wraps `config.finalize_model_grads_func`; nothing of
+Megatron's is changed. `one_line.py` does both for every model built afterwards.
 
 What of Megatron-Core differs from version to version is told apart in this file. Read against 0.16.1 and 0.19.2.
 """
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import functools
 import inspect
 import logging
-import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 from weakref import WeakKeyDictionary
 
 import megatron.core
 import torch.distributed as dist
-from megatron.core.dist_checkpointing.strategies import torch as torch_dist
 from megatron.core.distributed import finalize_model_grads
-from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
+from megatron.core.transformer.moe.moe_layer import MoESubmodules
 from megatron.core.transformer.moe.router import TopKRouter
 from megatron.core.transformer.spec_utils import ModuleSpec
 from torch import nn
 
 from alflb_megatron.balancer import Balancer
 from alflb_megatron.config import ALFConfig
-from alflb_megatron.loads import LoadWindow
-from alflb_megatron.router import STATE_PREFIX, ALFRouter
+from alflb_megatron.loads import LoadCounter
+from alflb_megatron.router import ALFRouter
 
 logger = logging.getLogger(__name__)
-
-# `megatron.core.distributed.finalize_model_grads` is the function; the module of that name is in sys.modules.
-_finalize_module = sys.modules["megatron.core.distributed.finalize_model_grads"]
 
 if "router" not in {field.name for field in dataclasses.fields(MoESubmodules)}:
     raise ImportError("alflb_megatron needs megatron-core >= 0.16: this one builds its router by name")
@@ -85,7 +78,7 @@ def with_alflb(spec: Any, alf: ALFConfig | None = None, *, required: bool = True
     return copy
 
 
-def _replaceable(router: Any) -> bool:
+def is_replaceable(router: Any) -> bool:
     """Whether a spec's router is Megatron-Core's or ours, as a class, a partial or a ModuleSpec."""
     if isinstance(router, functools.partial):
         router = router.func
@@ -98,7 +91,7 @@ def _rebuild(node: Any, router: RouterBuilder, found: list[MoESubmodules]) -> An
     """Copies along the way to each `MoESubmodules`; whatever holds none is returned itself."""
     if isinstance(node, MoESubmodules):
         found.append(node)
-        if _replaceable(node.router):
+        if is_replaceable(node.router):
             return dataclasses.replace(node, router=router)
         raise ValueError(
             f"the MoE layer has a router of its own, {node.router}; ALF-LB takes the place of TopKRouter only"
@@ -134,13 +127,18 @@ def balancer_of(model: Sequence[nn.Module], group: dist.ProcessGroup | None = No
     """
     balancer = _BALANCERS.get(model[0])
     if balancer is None:
-        named = [item for chunk in model for item in chunk.named_modules() if hasattr(item[1], "load_window")]
-        seats: list[Any] = [module for _, module in named]
+        named = [item for chunk in model for item in chunk.named_modules() if hasattr(item[1], "load_counter")]
+        routers: list[Any] = [module for _, module in named]
         layers = [layer_of(name, module) for name, module in named]
-        if group is None and seats:
-            group = seats[0].tp_dp_cp_group
-        balancer = _BALANCERS[model[0]] = Balancer(seats, layers, group)
+        if group is None and routers:
+            group = routers[0].tp_dp_cp_group
+        balancer = _BALANCERS[model[0]] = Balancer(routers, layers, group)
     return balancer
+
+
+def existing_balancer(chunk: nn.Module) -> Balancer | None:
+    """The balancer of the model whose first chunk this is; None before its first update."""
+    return _BALANCERS.get(chunk)
 
 
 def layer_of(name: str, router: Any) -> int:
@@ -198,169 +196,15 @@ def watch(model: Sequence[nn.Module]) -> Balancer:
     """
     for chunk in model:
         for router in [module for module in chunk.modules() if isinstance(module, TopKRouter)]:
-            if hasattr(router, "load_window"):
+            if hasattr(router, "load_counter"):
                 continue
             router.alf = None
-            router.load_window = LoadWindow(router.num_experts, device=router.weight.device)
+            router.load_counter = LoadCounter(router.num_experts, device=router.weight.device)
             router.register_forward_hook(_count_routing_map, with_kwargs=True)
     return balancer_of(model)
 
 
 def _count_routing_map(router: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-    if router.load_window.is_open(router.training):
+    if router.load_counter.is_counting(router.training):
         padding = args[1] if len(args) > 1 else kwargs.get("padding_mask")
-        router.load_window.observe_map(output[1], None if padding is None else ~padding.reshape(-1))
-
-
-# -- the one-line mode -------------------------------------------------------------------------------------------------
-
-
-class _Patch:
-    """One attribute of Megatron's replaced, and put back."""
-
-    def __init__(self, owner: Any, name: str, wrap: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
-        self.owner, self.name = owner, name
-        self.original = getattr(owner, name)
-        replacement = functools.wraps(self.original)(wrap(self.original))
-        replacement.__alflb__ = True  # type: ignore[attr-defined]
-        setattr(owner, name, replacement)
-
-    def undo(self) -> None:
-        setattr(self.owner, self.name, self.original)
-
-
-_enabled: ALFConfig | None = None
-_building: list[_Patch] = []
-_updating: list[_Patch] = []
-_finalizing = False
-"""Whether finalize_model_grads has begun and not yet come to its last step."""
-
-
-def enable(alf: ALFConfig | None = None, **settings: Any) -> ALFConfig:
-    """Turns ALF-LB on for every Megatron-Core model built after this call. Returns the settings in force.
-
-    `enable(rule="sign", step_size=1e-3)` or `enable(ALFConfig(...))`. Calling it again with the same settings changes
-    nothing. One attribute of Megatron-Core is replaced and marked `__alflb__`, `MoELayer.__init__` (the router it
-    builds), and those of `update_everywhere`.
-
-    Raises:
-        SettingError: a setting that cannot work.
-        RuntimeError: it is on already with other settings.
-    """
-    global _enabled
-    wanted = alf if alf is not None and not settings else dataclasses.replace(alf or ALFConfig(), **settings)
-    if _enabled is not None:
-        if wanted != _enabled:
-            raise RuntimeError(f"ALF-LB is enabled already with {_enabled}; call alflb_megatron.disable() first")
-        return _enabled
-    update_everywhere()
-    _building.append(_Patch(MoELayer, "__init__", _building_our_router))
-    _enabled = wanted
-    return wanted
-
-
-def update_everywhere() -> None:
-    """Has every `ALFRouter` of this process updated, whoever sets `finalize_model_grads_func`; twice is once.
-
-    For trainers that set it themselves. Three attributes of Megatron-Core are replaced and marked `__alflb__`: two
-    names that `finalize_model_grads` looks up when it begins and when gradients are reduced (so it does not matter
-    who imported that function, or when), and the load of a torch_dist checkpoint (our state may be absent from it). A
-    model without an `ALFRouter` is not touched.
-    """
-    if _updating:
-        return
-    try:
-        for owner, name, wrap in (
-            (_finalize_module, "get_model_config", _launching),
-            (_finalize_module, "reset_model_temporary_tensors", _committing),
-            (torch_dist.TorchDistLoadShardedStrategy, "load", _tolerating_absent_state),
-        ):
-            _updating.append(_Patch(owner, name, wrap))
-    except BaseException:
-        disable()
-        raise
-
-
-def disable() -> None:
-    """Takes `enable` and `update_everywhere` back: Megatron-Core is as it was.
-
-    Models built meanwhile keep their router, which stands still.
-    """
-    global _enabled
-    for patches in (_building, _updating):
-        while patches:
-            patches.pop().undo()
-    _enabled = None
-
-
-def _building_our_router(original: Callable[..., None]) -> Callable[..., None]:
-    def init(self: MoELayer, config: Any, submodules: Any = None, *args: Any, **kwargs: Any) -> None:
-        if submodules is not None and not isinstance(submodules.router, RouterBuilder):
-            if _replaceable(submodules.router):
-                submodules = with_alflb(submodules, _enabled)
-            else:
-                logger.warning("an MoE layer has a router of its own, %s: ALF-LB leaves it alone", submodules.router)
-        original(self, config, submodules, *args, **kwargs)
-
-    return init
-
-
-def _launching(original: Callable[..., Any]) -> Callable[..., Any]:
-    def get_model_config(model: nn.Module) -> Any:
-        global _finalizing
-        _finalizing = True
-        # Only the first chunk is seen here: in the very first global batch the loads travel at commit instead.
-        if model in _BALANCERS:
-            _BALANCERS[model].launch()
-        return original(model)
-
-    return get_model_config
-
-
-def _committing(original: Callable[..., Any]) -> Callable[..., Any]:
-    def reset_model_temporary_tensors(config: Any, model: list[nn.Module]) -> Any:
-        global _finalizing
-        balancer = balancer_of(model)
-        if _finalizing:
-            balancer.launch()
-            balancer.commit()
-        else:
-            # Called by itself: transformer/cuda_graphs.py throws away what passes on dummy data left behind.
-            balancer.discard()
-        _finalizing = False
-        return original(config, model)
-
-    return reset_model_temporary_tensors
-
-
-def _tolerating_absent_state(original: Callable[..., Any]) -> Callable[..., Any]:
-    def load(self: Any, sharded_state_dict: dict[str, Any], checkpoint_dir: Any, *later: Any, **named: Any) -> Any:
-        stored = self.load_sharded_metadata(checkpoint_dir)
-        return original(self, without_absent_state(sharded_state_dict, stored), checkpoint_dir, *later, **named)
-
-    return load
-
-
-@contextlib.contextmanager
-def absent_state_allowed() -> Iterator[None]:
-    """Within the block a torch_dist checkpoint may lack state of ours, as one written by Megatron-Core alone does."""
-    patch = None if _updating else _Patch(torch_dist.TorchDistLoadShardedStrategy, "load", _tolerating_absent_state)
-    try:
-        yield
-    finally:
-        if patch is not None:
-            patch.undo()
-
-
-def without_absent_state(sharded: Any, stored: dict[str, Any]) -> Any:
-    """A copy of a sharded state dict without entries of ours that `stored` (a checkpoint's metadata) lacks."""
-
-    def absent(value: Any) -> bool:
-        key = str(getattr(value, "key", ""))
-        return key not in stored and key.rpartition(".router.")[2].startswith((STATE_PREFIX, "expert_bias"))
-
-    if isinstance(sharded, dict):
-        return {name: without_absent_state(value, stored) for name, value in sharded.items() if not absent(value)}
-    if isinstance(sharded, list):
-        return [without_absent_state(value, stored) for value in sharded if not absent(value)]
-    return sharded
+        router.load_counter.observe_map(output[1], None if padding is None else ~padding.reshape(-1))

@@ -21,7 +21,7 @@ import torch.distributed as dist
 from megatron.core.transformer.moe.router import TopKRouter
 from torch import Tensor, nn
 
-from alflb_megatron.biases import Biases, of_qb_beta
+from alflb_megatron.biases import Biases, bias_from_qb_beta
 from alflb_megatron.hosts.core import layer_of
 from alflb_megatron.hosts.huggingface import read
 from alflb_megatron.router import ALFRouter
@@ -110,7 +110,7 @@ def _is_biased(router: Any) -> bool:
 def _bias(router: Any) -> Tensor:
     if getattr(router, "expert_bias", None) is not None:
         return router.expert_bias.detach().float().cpu().clone()
-    return of_qb_beta(router.qb_beta.detach()).cpu()
+    return bias_from_qb_beta(router.qb_beta.detach()).cpu()
 
 
 def _unit(router: Any) -> str:
@@ -135,7 +135,7 @@ def _moe_layers(config: Any) -> list[int]:
 
 def _start(router: Any, bias_E: Tensor) -> None:
     if isinstance(router, ALFRouter):
-        router.begin_with(bias_E)
+        router.start_from(bias_E)
         return
     router._maintain_float32_expert_bias()  # a cast of the whole model has rounded it, until its first forward pass
     router.expert_bias.copy_(bias_E)

@@ -100,7 +100,7 @@ def layer_table(model: Sequence[nn.Module], pipeline: dist.ProcessGroup | None =
 
 
 def _wants_detail(balancer: Balancer) -> bool:
-    return any(seat.alf is not None and seat.alf.log_layers for seat in balancer.seats)
+    return any(router.alf is not None and router.alf.log_layers for router in balancer.routers)
 
 
 def _config_of(model: Sequence[nn.Module]) -> Any:
@@ -162,6 +162,6 @@ def log_line(shown: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: shown[name] for name in IN_THE_LINE if name in shown}
 
 
-def rest(shown: dict[str, Tensor]) -> dict[str, float]:
+def other_figures(shown: dict[str, Tensor]) -> dict[str, float]:
     """The others, as numbers, under `alflb/...`; reading them waits for the device."""
     return {f"alflb/{name}": float(value) for name, value in shown.items() if name not in IN_THE_LINE}

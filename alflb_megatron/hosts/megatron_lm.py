@@ -26,9 +26,9 @@ from torch import nn
 
 from alflb_megatron import rules
 from alflb_megatron.config import PREFIX, ALFConfig
-from alflb_megatron.hosts import core
-from alflb_megatron.hosts.log import figures, log_line, rest
-from alflb_megatron.hosts.stop import end_on_one_line
+from alflb_megatron.hosts import core, one_line
+from alflb_megatron.hosts.errors import exit_on_setting_error
+from alflb_megatron.hosts.log import figures, log_line, other_figures
 from alflb_megatron.settings import SettingError, add_flags, flag_of, given_environment, given_flags, knobs
 
 logger = logging.getLogger(__name__)
@@ -89,15 +89,15 @@ def enable_from(args: argparse.Namespace) -> None:
             given, or `--spec` with our block spec in a patched `pretrain_gpt.py`.
     """
     if _is_our_spec(args):
-        end_on_one_line()
+        exit_on_setting_error()
         raise SettingError("--spec", " ".join(args.spec), f"is for an unpatched pretrain_gpt.py; here use {RULE}")
     if getattr(args, _attribute(RULE), None) is None:
         for flag, default in _other_flags().items():
             if (value := getattr(args, _attribute(flag), default)) != default:
-                end_on_one_line()
+                exit_on_setting_error()
                 raise SettingError(flag, value, f"has no effect without {RULE}")
         return
-    end_on_one_line()
+    exit_on_setting_error()
     _enable(ALFConfig(**given_flags(args, ALFConfig, PREFIX)), args)
 
 
@@ -124,7 +124,7 @@ def _enable(alf: ALFConfig, args: argparse.Namespace) -> None:
             "--moe-router-enable-expert-bias and its update rate move nothing while ALF-LB is on; "
             "leave it out to save its all-reduce"
         )
-    core.enable(alf)
+    one_line.enable(alf)
     show_loads()
 
 
@@ -213,7 +213,7 @@ def show_loads() -> None:
         shown = figures(trained, parallel_state.get_pipeline_model_parallel_group()) if trained else {}
         iteration = signature.bind(loss_dict, *args, **kwargs).arguments["iteration"]
         if shown and iteration % training.get_args().tensorboard_log_interval == 0:
-            _write(training, rest(shown), iteration)
+            _write(training, other_figures(shown), iteration)
         return plain_log({**loss_dict, **log_line(shown)}, *args, **kwargs)
 
     for wrapper in (train, training_log):
@@ -240,7 +240,7 @@ def _block_spec() -> Any:
         return None
     if not _is_our_spec(args):
         return None
-    end_on_one_line()
+    exit_on_setting_error()
     return _block_spec_of(args)
 
 

@@ -45,7 +45,7 @@ except RuntimeError as error:
 
 import lightning.pytorch as pl  # noqa: E402
 
-from alflb_megatron.hosts import core  # noqa: E402
+from alflb_megatron.hosts import core, one_line  # noqa: E402
 from alflb_megatron.hosts.log import figures  # noqa: E402
 from alflb_megatron.router import ALFRouter  # noqa: E402
 
@@ -132,7 +132,7 @@ class ALFLB(pl.Callback):
             raise SettingError("num_moe_experts", config.num_moe_experts, "ALFLB needs a model with experts")
         self._refuse_built(pl_module)
         accept_arguments_of_nemo()
-        core.update_everywhere()
+        one_line.update_everywhere()
         config.transformer_layer_spec = functools.partial(
             layer_spec, spec=_inner(config.transformer_layer_spec), alf=self.alf
         )

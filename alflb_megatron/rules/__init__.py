@@ -93,7 +93,7 @@ class Rule:
         raise NotImplementedError(f"{type(self).__name__} has no step")
 
 
-def kept(commit_L1: Tensor, new: Tensor, old: Tensor) -> Tensor:
+def keep_where(commit_L1: Tensor, new: Tensor, old: Tensor) -> Tensor:
     """Rows of `new` where bool [L, 1] `commit_L1` holds, of `old` elsewhere; both [L, ...]."""
     return torch.where(commit_L1.view(-1, *[1] * (new.dim() - 1)), new, old)
 

@@ -80,7 +80,7 @@ def _cast() -> dict[str, Any]:
         "weights": half,
         "bias": (router.expert_bias.dtype, torch.equal(router.expert_bias, bias)),
         "n": (router.alf_n.dtype, int(router.alf_n)),
-        "counts": router.load_window.counts_E.dtype,
+        "counts": router.load_counter.tokens_per_expert.dtype,
     }
 
 
@@ -176,7 +176,7 @@ def _unsound(rule: str, gate: str, value: float, rank_with_it: int = 1) -> dict[
         "n": router.alf_n.tolist(),
         "state finite": all(torch.tensor(row).isfinite().all() for row in state.values()),
         "counted": int(balancer.rejections),
-        "left over": int(router.load_window.unsound),
+        "left over": int(router.load_counter.nonfinite),
     }
 
 

@@ -20,7 +20,8 @@ from typing import Any
 
 import torch
 
-from alflb_megatron.hosts.cpu import Substitution, prepare, put
+from alflb_megatron.hosts.cpu import prepare
+from alflb_megatron.hosts.cpu.substitutions import Substitution, put
 
 
 def _devices() -> None:

@@ -8,13 +8,13 @@ import sys
 
 import pytest
 
-from alflb_megatron.hosts import stop
+from alflb_megatron.hosts import errors
 
 PROGRAM = """
-from alflb_megatron.hosts import stop
+from alflb_megatron.hosts import errors
 from alflb_megatron.settings import SettingError
-stop.end_on_one_line()
-stop.SECONDS_FOR_RANK_0 = 0
+errors.exit_on_setting_error()
+errors.SECONDS_FOR_RANK_0 = 0
 try:
     raise SettingError("--a", 1, "must be 2")
 except SettingError as error:
@@ -37,8 +37,8 @@ def test_an_error_is_one_line(then: str, rank: str, code: int, said: str) -> Non
 
 
 def test_other_errors_keep_their_traceback(capsys: pytest.CaptureFixture[str]) -> None:
-    stop.end_on_one_line()
-    stop.end_on_one_line()
+    errors.exit_on_setting_error()
+    errors.exit_on_setting_error()
     try:
         raise ZeroDivisionError("theirs")
     except ZeroDivisionError as error:

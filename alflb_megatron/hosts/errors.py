@@ -14,7 +14,7 @@ SECONDS_FOR_RANK_0 = 20.0
 """How long other ranks wait: the launcher ends all at the first that leaves, and rank 0 has to have said why."""
 
 
-def end_on_one_line() -> None:
+def exit_on_setting_error() -> None:
     """A SettingError that nobody catches ends the program with its one line and exit code 2; twice is once.
 
     Others go to the hook that was there. Megatron-Core's `build_module` raises errors of a layer anew and cannot for
@@ -31,13 +31,13 @@ def end_on_one_line() -> None:
         if found is None:
             plain(kind, error, trace)
         else:
-            leave(found)
+            exit_with_error(found)
 
     hook.__alflb__ = True  # type: ignore[attr-defined]
     sys.excepthook = hook
 
 
-def leave(error: SettingError) -> NoReturn:
+def exit_with_error(error: SettingError) -> NoReturn:
     """Ends this rank with the line of the error, said once, and exit code 2.
 
     An error leaves a process group standing, for other ranks may be inside a collective. Its threads can then outlive

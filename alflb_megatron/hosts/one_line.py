@@ -1,0 +1,129 @@
+"""`enable` and `disable`: ALF-LB for every Megatron-Core model built afterwards, whoever builds it.
+
+Attributes of Megatron-Core are replaced, marked, and put back; each is named here and nowhere else.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import sys
+from collections.abc import Callable
+from typing import Any
+
+from megatron.core.dist_checkpointing.strategies import torch as torch_dist
+from megatron.core.transformer.moe.moe_layer import MoELayer
+from torch import nn
+
+from alflb_megatron.config import ALFConfig
+from alflb_megatron.hosts.absent_state import tolerating_absent_state
+from alflb_megatron.hosts.core import RouterBuilder, balancer_of, existing_balancer, is_replaceable, with_alflb
+from alflb_megatron.hosts.patching import Patch
+
+logger = logging.getLogger(__name__)
+
+# `megatron.core.distributed.finalize_model_grads` is the function; the module of that name is in sys.modules.
+_finalize_module = sys.modules["megatron.core.distributed.finalize_model_grads"]
+
+_enabled: ALFConfig | None = None
+_building: list[Patch] = []
+_updating: list[Patch] = []
+_finalizing = False
+"""Whether finalize_model_grads has begun and not yet come to its last step."""
+
+
+def enable(alf: ALFConfig | None = None, **settings: Any) -> ALFConfig:
+    """Turns ALF-LB on for every Megatron-Core model built after this call. Returns the settings in force.
+
+    `enable(rule="sign", step_size=1e-3)` or `enable(ALFConfig(...))`. Calling it again with the same settings changes
+    nothing. One attribute of Megatron-Core is replaced and marked `__alflb__`, `MoELayer.__init__` (the router it
+    builds), and those of `update_everywhere`.
+
+    Raises:
+        SettingError: a setting that cannot work.
+        RuntimeError: it is on already with other settings.
+    """
+    global _enabled
+    wanted = alf if alf is not None and not settings else dataclasses.replace(alf or ALFConfig(), **settings)
+    if _enabled is not None:
+        if wanted != _enabled:
+            raise RuntimeError(f"ALF-LB is enabled already with {_enabled}; call alflb_megatron.disable() first")
+        return _enabled
+    update_everywhere()
+    _building.append(Patch(MoELayer, "__init__", _building_our_router))
+    _enabled = wanted
+    return wanted
+
+
+def update_everywhere() -> None:
+    """Has every `ALFRouter` of this process updated, whoever sets `finalize_model_grads_func`; twice is once.
+
+    For trainers that set it themselves. Three attributes of Megatron-Core are replaced and marked `__alflb__`: two
+    names that `finalize_model_grads` looks up when it begins and when gradients are reduced (so it does not matter
+    who imported that function, or when), and the load of a torch_dist checkpoint (our state may be absent from it). A
+    model without an `ALFRouter` is not touched.
+    """
+    if _updating:
+        return
+    try:
+        for owner, name, wrap in (
+            (_finalize_module, "get_model_config", _launching),
+            (_finalize_module, "reset_model_temporary_tensors", _committing),
+            (torch_dist.TorchDistLoadShardedStrategy, "load", tolerating_absent_state),
+        ):
+            _updating.append(Patch(owner, name, wrap))
+    except BaseException:
+        disable()
+        raise
+
+
+def disable() -> None:
+    """Takes `enable` and `update_everywhere` back: Megatron-Core is as it was.
+
+    Models built meanwhile keep their router, which stands still.
+    """
+    global _enabled
+    for patches in (_building, _updating):
+        while patches:
+            patches.pop().undo()
+    _enabled = None
+
+
+def _building_our_router(original: Callable[..., None]) -> Callable[..., None]:
+    def init(self: MoELayer, config: Any, submodules: Any = None, *args: Any, **kwargs: Any) -> None:
+        if submodules is not None and not isinstance(submodules.router, RouterBuilder):
+            if is_replaceable(submodules.router):
+                submodules = with_alflb(submodules, _enabled)
+            else:
+                logger.warning("an MoE layer has a router of its own, %s: ALF-LB leaves it alone", submodules.router)
+        original(self, config, submodules, *args, **kwargs)
+
+    return init
+
+
+def _launching(original: Callable[..., Any]) -> Callable[..., Any]:
+    def get_model_config(model: nn.Module) -> Any:
+        global _finalizing
+        _finalizing = True
+        # Only the first chunk is seen here: in the very first global batch the loads travel at commit instead.
+        if (balancer := existing_balancer(model)) is not None:
+            balancer.launch()
+        return original(model)
+
+    return get_model_config
+
+
+def _committing(original: Callable[..., Any]) -> Callable[..., Any]:
+    def reset_model_temporary_tensors(config: Any, model: list[nn.Module]) -> Any:
+        global _finalizing
+        balancer = balancer_of(model)
+        if _finalizing:
+            balancer.launch()
+            balancer.commit()
+        else:
+            # Called by itself: transformer/cuda_graphs.py throws away what passes on dummy data left behind.
+            balancer.discard()
+        _finalizing = False
+        return original(config, model)
+
+    return reset_model_temporary_tensors
