@@ -8,9 +8,9 @@ import pytest
 
 from tests.distributed import jobs, ranks
 
-STEPS = 20
+STEPS = 8
 RATE = 2.0**-6
-"""Large enough that experts change hands within 20 steps."""
+"""Large enough that experts change hands within 8 steps."""
 
 CASES: dict[str, dict[str, Any]] = {
     "dp2": {},

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -14,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 
+from tests import forked
 from tests.distributed import jobs, ranks
 
 PACKAGE = Path(__file__).parents[2] / "alflb_megatron"
@@ -27,31 +25,26 @@ def _words(out: Path, *more: str) -> list[str]:
     return ["train", *shape, *schedule, "--data", str(PACKAGE), "--out", str(out), *more]
 
 
-def _command(*words: str) -> list[str]:
-    return [sys.executable, "-m", "alflb_megatron.lab.cli", *words]
-
-
 def _metrics(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines() if line.endswith("}")]
 
 
 def _run(*words: str) -> None:
-    done = subprocess.run(_command(*words), capture_output=True, text=True, timeout=300)
+    nproc = int(words[words.index("--nproc") + 1]) if "--nproc" in words else 2
+    done = forked.alflb(*words, nproc=nproc)
     assert done.returncode == 0, done.stderr[-2000:]
 
 
 def _run_and_kill(folder: Path, after_step: int, *words: str) -> None:
     """Kills every process of the run, as a power cut would, once it has written the record of `after_step`."""
-    process = subprocess.Popen(_command(*words), stderr=subprocess.DEVNULL, start_new_session=True)
+    running = forked.Command(words, nproc=2)
     deadline = time.monotonic() + 300
     while not (folder / "metrics.jsonl").exists() or len(_metrics(folder)) < after_step:
-        assert process.poll() is None, "the run ended before it could be killed"
+        assert running.poll() is None, "the run ended before it could be killed"
         assert time.monotonic() < deadline
         time.sleep(0.01)
-    children = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
-    for pid in [process.pid, *map(int, children)]:
-        os.kill(pid, signal.SIGKILL)
-    process.wait()
+    running.kill()
+    assert running.finish().returncode == -signal.SIGKILL
     assert len(_metrics(folder)) < STEPS, "the run ended before it could be killed"
 
 
@@ -161,6 +154,6 @@ def test_a_run_killed_after_its_last_checkpoint_is_still_validated(tmp_path: Pat
     _run(*_words(folder, "--nproc", "1", "--ep", "1", "--resume"))
     assert json.loads((folder / "summary.json").read_text()) == summary
     assert _metrics(folder) == records
-    again = subprocess.run(_command(*_words(folder, "--resume")), capture_output=True, text=True, timeout=300)
+    again = forked.alflb(*_words(folder, "--resume"), "--nproc", "1", "--ep", "1")
     assert again.returncode == 2
     assert f"--steps={STEPS}: must be above {STEPS}, where the run stands" in again.stderr
