@@ -1,5 +1,6 @@
-"""What of a checkpoint may be unpickled: looked through before Megatron-Core loads it.
+"""What of a checkpoint may be unpickled: scanned before Megatron-Core loads it.
 
-`scan` finds the pickles in a checkpoint's files and says which names they may use; `pickle_scan` follows one opcode by
-opcode and executes nothing. Saving and loading themselves are `training/checkpoint.py`.
+`scan` finds the pickles in a checkpoint's files and says which globals each may hold; `pickle_scan` follows one opcode
+by opcode and executes nothing. Why no library does this: docs/design.md. Saving and loading themselves are
+`training/checkpoint.py`.
 """

@@ -55,8 +55,8 @@ def layout_of(plan: Plan) -> dict[str, int]:
 def find(path: str | Path, flag: str) -> SavedCheckpoint:
     """The checkpoint at `path`: a checkpoint folder, a `checkpoints` folder or a run folder (then its latest).
 
-    It is scanned (`checkpoints/scan.py`): to load it executes nothing of it. Raises SettingError naming `flag` where there
-    is none, it is not whole, or holds what no checkpoint of `alflb train` does.
+    It is scanned (`checkpoints/scan.py`): to load it executes nothing of it. Raises SettingError naming `flag` where
+    there is none, it is not whole, or holds what no checkpoint of `alflb train` does.
     """
     try:
         return _find(Path(path), flag, path)
