@@ -35,7 +35,7 @@ PACKAGES: tuple[Package, ...] = (
     Package("NeMo", ("nemo-toolkit",), ("2.7.3",), "recipes/nemo.py"),
     Package("NeMo-Run", ("nemo-run",), ("0.11.1",), "recipes/launch.py"),
     Package("nvidia-resiliency-ext", ("nvidia-resiliency-ext",), ("0.4.1",), "checkpoints of Bridge and NeMo"),
-    Package("transformers", ("transformers",), (), "Hugging Face models and tokenizers"),
+    Package("transformers", ("transformers",), ("4.57.6", "5.12.1"), "Hugging Face models and tokenizers"),
 )
 
 

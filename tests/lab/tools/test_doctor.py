@@ -42,6 +42,8 @@ def test_tested_is_what_the_environments_pin() -> None:
     for part in doctor.PACKAGES:
         for version in part.tested:
             assert any((name.replace("_", "-"), version) in pinned for name in part.distributions), (part.name, version)
+        wanted = {version for name, version in pinned if name in {d.replace("_", "-") for d in part.distributions}}
+        assert wanted == set(part.tested), part.name
 
 
 @pytest.mark.parametrize(
