@@ -1,4 +1,20 @@
-"""The text that `alflb train` reads: real, in a reproducible order, resumable, independent of the parallel split.
+"""The text that a model is trained on: made by `alflb data prepare`, read by `alflb train`.
+
+How data walks through the room, a module a step. `alflb data prepare` makes tokens of text:
+
+    preparation   its settings, and where its files lie
+    corpus, hub   the documents of a source: one's own files, or a data set of the Hugging Face hub, by `datasets`
+    vocabulary    the tokenizer: trained on them, or one of `transformers`
+    shards        documents to tokens, by many processes, kept when one is killed; then one .bin and .idx
+    prepare       these in their order, what is refused, and the command
+    manifest      PREFIX.json, written last, and `alflb data check`
+
+`alflb train` makes batches of tokens, by `open_data` below:
+
+    text, indexed   its two kinds of source: text byte by byte, and a .bin and .idx, by Megatron-Core
+    samples         from there on the same for both: windows, their order, batches, micro-batches
+
+`digests` and `errors` are what both use.
 
 `open_data` takes the value of `--data` and returns the training and the validation split, one `TextData` each:
 
@@ -12,14 +28,24 @@ whatever the data-parallel and micro-batch sizes: resuming needs nothing but the
 
 from __future__ import annotations
 
+import importlib
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from alflb_megatron.lab.data.indexed import open_indexed, prefix_of
-from alflb_megatron.lab.data.samples import Batch, Sample, TextData, collate, micro_batches, one_line
-from alflb_megatron.lab.data.text import open_text
+from alflb_megatron.lab.data.errors import one_line
 from alflb_megatron.settings import SettingError
 
+if TYPE_CHECKING:
+    from alflb_megatron.lab.data.samples import Batch, Sample, TextData, collate, micro_batches
+
 __all__ = ["Batch", "Sample", "TextData", "collate", "micro_batches", "open_data"]
+
+
+def __getattr__(name: str) -> Any:
+    # When they are asked for: they import torch, and a process that only cuts text into tokens does not need it.
+    if name in __all__:
+        return getattr(importlib.import_module(f"{__name__}.samples"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def open_data(
@@ -52,6 +78,9 @@ def open_data(
 
     Raises SettingError that names `--data` or `--tokenizer`, the value and what is allowed.
     """
+    from alflb_megatron.lab.data.indexed import open_indexed, prefix_of
+    from alflb_megatron.lab.data.text import open_text
+
     try:
         prefix = prefix_of(source)
         if prefix is not None:

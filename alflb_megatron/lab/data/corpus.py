@@ -5,7 +5,6 @@ from __future__ import annotations
 import codecs
 import glob
 import hashlib
-import importlib.util
 import json
 import os
 from collections.abc import Callable, Iterator
@@ -15,7 +14,8 @@ from typing import Any
 
 import numpy as np
 
-from alflb_megatron.lab.data.samples import fingerprint, one_line
+from alflb_megatron.lab.data.digests import fingerprint
+from alflb_megatron.lab.data.errors import cause, one_line
 from alflb_megatron.lab.records.files import regular
 from alflb_megatron.settings import SettingError
 
@@ -83,19 +83,6 @@ class Corpus:
         if self.bounds is not None:
             return replace(self, bounds=self.bounds[: limit + 1])
         return replace(self, rows=self.rows.select(range(limit)))
-
-
-def need(package: str, flag: str, value: object) -> None:
-    """SettingError where a package of the extra `data` is not installed."""
-    if importlib.util.find_spec(package) is None:
-        raise SettingError(
-            flag, value, f"needs the Python package {package}: pip install 'alflb_megatron[data]' brings it"
-        )
-
-
-def cause(error: BaseException) -> str:
-    """An error of `datasets` on one line: theirs say that something failed, their cause says what."""
-    return one_line(error.__cause__ or error)
 
 
 # -- one's own files ---------------------------------------------------------------------------------------------------

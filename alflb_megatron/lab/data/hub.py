@@ -10,8 +10,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from alflb_megatron.lab.data.corpus import Corpus, Source, cause, open_parquet
-from alflb_megatron.lab.data.samples import fingerprint
+from alflb_megatron.lab.data.corpus import Corpus, Source, open_parquet
+from alflb_megatron.lab.data.digests import fingerprint
+from alflb_megatron.lab.data.errors import cause
 from alflb_megatron.settings import SettingError
 
 

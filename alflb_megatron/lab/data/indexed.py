@@ -10,13 +10,13 @@ from typing import Any
 
 import numpy as np
 
+from alflb_megatron.lab.data.digests import fingerprint
+from alflb_megatron.lab.data.errors import one_line
 from alflb_megatron.lab.data.samples import (
     VALIDATION_SHARE,
     Sample,
     TextData,
     check_vocabulary,
-    fingerprint,
-    one_line,
 )
 from alflb_megatron.lab.records.files import regular
 from alflb_megatron.settings import SettingError

@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from alflb_megatron.lab.data.samples import one_line
+from alflb_megatron.lab.data.digests import digests, sha256
+from alflb_megatron.lab.data.errors import one_line
 from alflb_megatron.lab.data.shards import ENDINGS, with_ending
-from alflb_megatron.lab.data.vocabulary import digests, sha256
 from alflb_megatron.lab.records.files import read_json
 from alflb_megatron.settings import SettingError
 

@@ -19,84 +19,24 @@ import os
 import shutil
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from alflb_megatron.lab.data import shards
-from alflb_megatron.lab.data.corpus import SOURCES, UNITS, Corpus, Source, find_local, need
+from alflb_megatron.lab.data.corpus import SOURCES, Corpus, Source, find_local
+from alflb_megatron.lab.data.digests import digests, fingerprint, sha256
+from alflb_megatron.lab.data.errors import need, one_line
 from alflb_megatron.lab.data.hub import HUB, find_hub
 from alflb_megatron.lab.data.manifest import FORMAT, damage, read, read_manifest
-from alflb_megatron.lab.data.samples import fingerprint, one_line
-from alflb_megatron.lab.data.shards import ENDINGS, Work, with_ending
-from alflb_megatron.lab.data.vocabulary import SMALLEST, Vocabulary, check_spec, digests, make, sha256, threads
+from alflb_megatron.lab.data.preparation import Preparation
+from alflb_megatron.lab.data.shards import ENDINGS, Counts, Work, with_ending
+from alflb_megatron.lab.data.vocabulary import Vocabulary, make, threads
 from alflb_megatron.lab.records.files import write_json
 from alflb_megatron.lab.records.versions import versions
-from alflb_megatron.settings import SettingError, add_flags, check, given_flags, knob
+from alflb_megatron.settings import SettingError, add_flags, given_flags
 
 SETTINGS = "settings.json"
 """In PREFIX-parts: what the parts are made from."""
-
-
-@dataclass(frozen=True)
-class Preparation:
-    """How text becomes tokens. Equal settings on an equal source give the same bytes, whatever `workers`."""
-
-    source: str
-    out: str = knob("", "path prefix of what is written; default data/ and the name of the source", metavar="PREFIX")
-    tokenizer: str = knob(
-        "train:32000",
-        f"train:N trains byte-level BPE of N tokens (at least {SMALLEST}) on the text; "
-        "huggingface:NAME_OR_FOLDER takes that one",
-        metavar="NAME",
-    )
-    tokenizer_documents: int = knob(
-        100_000, "documents a tokenizer is trained on at most, evenly spread over the text", minimum=1
-    )
-    limit: int = knob(0, "documents to take, the first ones; 0 for all", minimum=0)
-    workers: int = knob(1, "processes that cut text into tokens", minimum=1, maximum=4096)
-    shard_documents: int = knob(
-        1000, "documents that one process does at a time, and that a kill costs at most", minimum=1
-    )
-    document: str = knob("file", "what a document is in a plain-text file", choices=tuple(UNITS))
-    text_field: str = knob("text", "the field or column of .jsonl, .parquet and hub data that holds the text")
-    config: str = knob(
-        "", f"configuration of a hub data set; default {', '.join(hub.config for hub in HUB.values())}", metavar="NAME"
-    )
-    split: str = knob("train", "split of a hub data set", metavar="NAME")
-    revision: str = knob("", "commit, branch or tag of a hub data set; default its newest", metavar="NAME")
-
-    @property
-    def prefix(self) -> Path:
-        name = self.source if self.source in HUB else Path(self.source).expanduser().resolve().stem
-        return Path(self.out or f"data/{name}").expanduser()
-
-    @property
-    def tokenizer_folder(self) -> Path:
-        return with_ending(self.prefix, "-tokenizer")
-
-    @property
-    def parts(self) -> Path:
-        return with_ending(self.prefix, "-parts")
-
-    def require_sound(self) -> None:
-        """SettingError for what cannot work, before anything is read or imported."""
-        check(self)
-        check_spec(self.tokenizer)
-        if not self.prefix.name:
-            raise SettingError("--out", self.out, "must end in a name: PREFIX.bin and others are written")
-        if self.source not in HUB:
-            for name in ("config", "split", "revision"):
-                if (value := getattr(self, name)) != type(self).__dataclass_fields__[name].default:
-                    raise SettingError(f"--{name}", value, f"is for {' and '.join(HUB)}; {self.source} is a local path")
-            source = Path(self.source).expanduser().resolve()
-            if source.is_dir() and self.prefix.resolve().is_relative_to(source):
-                raise SettingError("--out", self.prefix, f"must lie outside {self.source}, or it would be read as text")
-
-    def decided_by(self, source: Source) -> dict[str, Any]:
-        """All that decides the tokens, but for the versions of packages."""
-        trained = {"tokenizer_documents": self.tokenizer_documents} if self.tokenizer.startswith("train:") else {}
-        return {"source": source.identity, "limit": self.limit, "tokenizer": self.tokenizer, **trained}
 
 
 # -- prepare -----------------------------------------------------------------------------------------------------------
@@ -163,18 +103,18 @@ def _make(settings: Preparation, source: Source) -> dict[str, Any]:
         if isinstance(error, SettingError):
             raise
         raise SettingError("SOURCE", settings.source, one_line(error)) from error
-    if not counts["documents"]:
+    if not counts.documents:
         raise SettingError("SOURCE", settings.source, "holds no text: all its documents are empty")
-    shards.merge(work, parts / "merged")
+    token_type = shards.merge(work, parts / "merged")
     merged = {ending: parts / f"merged{ending}" for ending in ENDINGS}
     manifest = {
         "format": FORMAT,
         "settings": decided,
         "left_out": source.notes,
-        "documents": counts["documents"],
-        "empty_documents": counts["read"] - counts["documents"],
-        "tokens": counts["tokens"],
-        "token_type": shards.token_type(vocabulary.size).__name__,
+        "documents": counts.documents,
+        "empty_documents": counts.read - counts.documents,
+        "tokens": counts.tokens,
+        "token_type": token_type,
         "vocabulary": vocabulary.size,
         "eod": vocabulary.eod,
         "bytes": {ending: path.stat().st_size for ending, path in merged.items()},
@@ -205,19 +145,19 @@ def _vocabulary(settings: Preparation, corpus: Corpus, decided: dict[str, Any]) 
     return folder, vocabulary
 
 
-def _write_shards(settings: Preparation, work: Work) -> dict[str, int]:
+def _write_shards(settings: Preparation, work: Work) -> Counts:
     """Makes the shards under a progress bar; the sums of their counts."""
     from tqdm import tqdm
 
-    sums = dict.fromkeys(("read", "documents", "tokens"), 0)
+    sums = Counts()
     try:
         # A terminal that gives its size as zero would get an empty bar; this takes 80 by 24 for it.
         columns, lines = shutil.get_terminal_size()
         silent = not sys.stderr.isatty()
         with tqdm(total=len(work.corpus), unit=" documents", ncols=columns, nrows=lines, disable=silent) as bar:
-            for seal in shards.write_shards(work, settings.workers):
-                sums = {name: sums[name] + seal[name] for name in sums}
-                bar.update(seal["read"])
+            for counts in shards.write_shards(work, settings.workers):
+                sums = Counts(*(sum(pair) for pair in zip(sums, counts, strict=True)))
+                bar.update(counts.read)
     except shards.BrokenProcessPool as error:
         why = "one of them was killed (out of memory?); the same command goes on where it ended"
         raise SettingError("--workers", settings.workers, why) from error
@@ -236,7 +176,7 @@ def _require_free(settings: Preparation) -> None:
 
 def _has_shards(parts: Path) -> bool:
     """Whether there is work that is worth keeping: without it other settings may begin anew."""
-    return any(parts.glob("shard-*.json"))
+    return any(parts.glob("shard-*.npz"))
 
 
 def _require_same(settings: Preparation, there: Any, here: dict[str, Any], what: str) -> None:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import functools
-import hashlib
-import json
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -12,6 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
+from alflb_megatron.lab.data.errors import one_line as one_line  # by this name also where checkpoints are read
 from alflb_megatron.settings import SettingError
 
 VALIDATION_SHARE = 0.05
@@ -120,16 +119,3 @@ def check_vocabulary(tokenizer: str, size: int, vocab_size: int) -> None:
     if size > vocab_size:
         need = f"its {size} tokens need a --vocab-size of {size} or more, not {vocab_size}"
         raise SettingError("--tokenizer", tokenizer, need)
-
-
-def fingerprint(settings: dict[str, Any], *contents: Any) -> str:
-    """SHA-256, in hexadecimal, of settings and of bytes-like contents."""
-    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
-    for content in contents:
-        digest.update(content)
-    return digest.hexdigest()
-
-
-def one_line(error: BaseException) -> str:
-    """An error's first 200 characters on one line, for the text of a SettingError."""
-    return f"{type(error).__name__}: {' '.join(str(error).split())}"[:200]

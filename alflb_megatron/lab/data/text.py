@@ -12,14 +12,14 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from alflb_megatron.lab.data.digests import fingerprint
+from alflb_megatron.lab.data.errors import one_line
 from alflb_megatron.lab.data.indexed import check_tokenizer_name
 from alflb_megatron.lab.data.samples import (
     VALIDATION_SHARE,
     Sample,
     TextData,
     check_vocabulary,
-    fingerprint,
-    one_line,
 )
 from alflb_megatron.settings import SettingError
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import re
 import shutil
@@ -12,8 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from alflb_megatron.lab.data.corpus import Corpus, need
-from alflb_megatron.lab.data.samples import one_line
+from alflb_megatron.lab.data.corpus import Corpus
+from alflb_megatron.lab.data.digests import digests
+from alflb_megatron.lab.data.errors import need, one_line
 from alflb_megatron.lab.records.files import write_json
 from alflb_megatron.settings import SettingError
 
@@ -77,19 +77,6 @@ def load(folder: Path) -> Any:
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
     tokenizer.encode_special_tokens = True
     return tokenizer
-
-
-def digests(folder: Path) -> dict[str, str]:
-    """SHA-256 of each file in `folder`, by name; empty where there is no such folder."""
-    if not folder.is_dir():
-        return {}
-    return {path.name: sha256(path) for path in sorted(folder.iterdir()) if path.is_file()}
-
-
-def sha256(path: Path) -> str:
-    """SHA-256 of a file, in hexadecimal."""
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def _train(size: int, corpus: Corpus, sample: int) -> Any:

@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -21,11 +22,12 @@ import pytest
 os.environ["HF_HUB_OFFLINE"] = "1"  # before datasets is imported
 
 from alflb_megatron.lab.cli import main
-from alflb_megatron.lab.data import corpus, hub, open_data, prepare, shards
+from alflb_megatron.lab.data import errors, hub, open_data, prepare, shards
 from alflb_megatron.lab.data.hub import Hub
 from alflb_megatron.lab.data.manifest import damage
 from alflb_megatron.lab.data.prepare import Preparation
 from alflb_megatron.settings import SettingError
+from tests import forked
 
 ALFLB = [sys.executable, "-m", "alflb_megatron.lab.cli"]
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -132,7 +134,7 @@ def test_alflb_train_reads_it(made: Path, tmp_path: Path):
     small = ["--num-layers", "2", "--hidden-size", "32", "--num-experts", "4", "--topk", "2", "--seq-length", "32"]
     one = ["--nproc", "1", "--ep", "1", "--steps", "2", "--no-save", "--validation-sequences", "16", "--json"]
     data = ["--data", str(made), "--tokenizer", spec, "--vocab-size", "320", "--out", str(tmp_path / "run")]
-    done = subprocess.run([*ALFLB, "train", *small, *one, *data], env=ENVIRONMENT, capture_output=True, text=True)
+    done = forked.alflb("train", *small, *one, *data)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["steps"] == 2
 
@@ -291,7 +293,7 @@ def start(source: Path, prefix: Path) -> tuple[subprocess.Popen[str], list[psuti
     command = [*ALFLB, "data", "prepare", str(source), "--out", str(prefix), *flags]
     running = subprocess.Popen(command, env=ENVIRONMENT, stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 120
-    while len(list(Path(f"{prefix}-parts").glob("shard-*.json"))) < 5:
+    while len(list(Path(f"{prefix}-parts").glob("shard-*.npz"))) < 5:
         assert running.poll() is None and time.monotonic() < deadline, running.stderr and running.stderr.read()
         time.sleep(0.005)
     return running, psutil.Process(running.pid).children(recursive=True)
@@ -303,7 +305,7 @@ def test_killed_and_started_again_it_ends_as_if_it_had_not_been(many: Path, tmp_
     running.send_signal(signal.SIGKILL)
     running.communicate()
     assert psutil.wait_procs(below, timeout=20)[1] == []  # nobody is left behind
-    seals = list(Path(f"{prefix}-parts").glob("shard-*.json"))
+    seals = list(Path(f"{prefix}-parts").glob("shard-*.npz"))
     assert 5 <= len(seals) < 120 and not list(tmp_path.glob("killed.*"))
     again = Preparation(
         str(many), str(prefix), tokenizer="train:300", tokenizer_documents=20, shard_documents=2, workers=1
@@ -340,23 +342,37 @@ def test_finished_shards_stay_and_damaged_ones_are_made_again(
     what = settings(texts, tmp_path / "data")
     broken_off(monkeypatch, what, shards, "merge")
     parts = sorted(what.parts.glob("shard-*"))
-    assert len(parts) == 3 * 8
-    before = {path.name: (path.stat().st_ino, path.stat().st_mtime_ns) for path in parts}
-    content = bytearray(parts[0].read_bytes())
-    content[5] ^= 1
-    parts[0].write_bytes(content)  # 0: a bit of the tokens
-    (what.parts / "shard-00002.idx").unlink()
-    (what.parts / "shard-00004.json").write_text('{"digest": "of', encoding="utf-8")
-    (what.parts / "shard-00005.json").write_text("[]", encoding="utf-8")
+    assert len(parts) == 8
+
+    def inodes() -> list[int]:
+        return [path.stat().st_ino for path in parts]
+
+    def change(number: int, content: bytes) -> None:
+        """In place, so that a file made anew can be told from it."""
+        with parts[number].open("r+b") as stream:
+            stream.truncate(0)
+            stream.write(content)
+
+    before, content = inodes(), parts[0].read_bytes()
+    with np.load(parts[0]) as shard:
+        held = dict(shard)
+    place = content.index(held["tokens"].tobytes())
+    change(0, content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :])  # a bit of the tokens
+    place = content.index(b"'shape': (") + len(b"'shape': (")
+    change(1, content[:place] + b"0" + content[place + 1 :])  # one that would give fewer of them
+    change(2, content[:-9])
+    change(3, b"")
+    change(4, b"[]")
+    with parts[5].open("r+b") as stream:  # whole, and of other text
+        np.savez(stream, **{**held, "digest": np.array("0" * 64)})
     broken_off(monkeypatch, what, shards, "merge")
-    after = {path.name: (path.stat().st_ino, path.stat().st_mtime_ns) for path in what.parts.glob("shard-*")}
-    assert {name[6:11] for name in before if before[name] == after[name]} == {"00001", "00003", "00006", "00007"}
+    assert [new == old for new, old in zip(inodes(), before, strict=True)] == [False] * 6 + [True] * 2
     prepare.prepare(what)
     assert whole(tmp_path / "data") == whole(made)
 
 
-FILES = ("settings.json", "tokenizer_config.json", "tokenizer.json", "shard-00003.bin", "shard-00003.idx")
-MOMENTS = (*FILES, "shard-00003.json", "data.bin", "data.idx", "data-tokenizer", "data.json")
+FILES = ("settings.json", "tokenizer_config.json", "tokenizer.json", "shard-00003.npz")
+MOMENTS = (*FILES, "data.bin", "data.idx", "data-tokenizer", "data.json")
 
 
 @pytest.mark.parametrize("moment", MOMENTS)
@@ -445,7 +461,7 @@ def test_parts_of_other_settings_are_refused_and_kept(texts: Path, tmp_path: Pat
         (name,) = changes
         with pytest.raises(SettingError, match=rf"has parts of other settings in .* \({name} "):
             prepare.prepare(settings(texts, tmp_path / "data", **changes))
-    assert len(list(what.parts.glob("shard-*.json"))) == 8
+    assert len(list(what.parts.glob("shard-*.npz"))) == 8
 
 
 @pytest.mark.parametrize("name", ["data.bin", "data.idx", "data.json", "data-tokenizer/x", "data-parts/x"])
@@ -531,27 +547,33 @@ def test_a_column_that_is_not_there(tmp_path: Path):
 
 @pytest.mark.parametrize("package", ["datasets", "tokenizers", "transformers"])
 def test_a_missing_package_is_named(texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, package: str):
-    real = corpus.importlib.util.find_spec
-    monkeypatch.setattr(corpus.importlib.util, "find_spec", lambda name: None if name == package else real(name))
+    real = errors.importlib.util.find_spec
+    monkeypatch.setattr(errors.importlib.util, "find_spec", lambda name: None if name == package else real(name))
     with pytest.raises(
         SettingError, match=rf"needs the Python package {package}: pip install 'alflb_megatron\[data\]'"
     ):
         prepare.prepare(settings(texts, tmp_path / "x", tokenizer="huggingface:x"))
 
 
-def test_a_terminal_gets_a_bar_over_the_documents(texts: Path, tmp_path: Path):
+def test_a_terminal_gets_a_bar_over_the_documents(texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     import pty
 
     ours, theirs = pty.openpty()  # of size zero, as in many a container
-    command = [*ALFLB, "data", "prepare", str(texts), "--out", str(tmp_path / "data"), "--tokenizer", "train:300"]
-    running = subprocess.Popen(command, env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=theirs)
-    os.close(theirs)
-    printed = b""
-    with contextlib.suppress(OSError):  # what a terminal answers whose other end is closed
-        while piece := os.read(ours, 4096):
-            printed += piece
+    printed: list[bytes] = []
+
+    def listen() -> None:
+        with contextlib.suppress(OSError):  # what a terminal answers whose other end is closed
+            while piece := os.read(ours, 4096):
+                printed.append(piece)
+
+    listener = threading.Thread(target=listen)
+    listener.start()
+    with os.fdopen(theirs, "w") as terminal:
+        monkeypatch.setattr(sys, "stderr", terminal)
+        prepare.prepare(settings(texts, tmp_path / "data"))
+    listener.join()
     os.close(ours)
-    assert running.wait() == 0 and b"50/50 [" in printed and b"documents/s" in printed
+    assert b"50/50 [" in b"".join(printed) and b"documents/s" in b"".join(printed)
 
 
 def test_the_command_line_says_what_it_made(texts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
