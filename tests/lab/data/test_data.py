@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
-import os
 import shutil
-import subprocess
-import sys
 import sysconfig
 from collections import Counter
 from pathlib import Path
@@ -16,9 +13,9 @@ import numpy as np
 import pytest
 import torch
 
-import alflb_megatron
 from alflb_megatron.lab.data import TextData, collate, micro_batches, open_data
 from alflb_megatron.settings import SettingError
+from tests.distributed import ranks
 
 S = 16
 LOW_NAMES = ("low29", "low31")
@@ -79,10 +76,10 @@ def test_stdlib_is_the_library_split_by_file():
             if text:
                 hash_ = int.from_bytes(hashlib.sha256(name.as_posix().encode()).digest())
                 parts[hash_ < 2**256 * 0.05].append(text)
-    train, validation = open_data("stdlib", seq_length=256, vocab_size=300, seed=1)
+    train, validation = open_data("stdlib", seq_length=2048, vocab_size=300, seed=1)
     assert len(parts[True]) > 10 and len(parts[False]) > 200
-    assert Counter(windows(train)) == Counter(cut(b"\0".join(parts[False]), 256))
-    assert windows(validation) == cut(b"\0".join(parts[True]), 256)
+    assert Counter(windows(train)) == Counter(cut(b"\0".join(parts[False]), 2048))
+    assert windows(validation) == cut(b"\0".join(parts[True]), 2048)
     assert (
         f"{len(parts[True]) + len(parts[False])} files, {len(parts[True])} of them for validation" in train.description
     )
@@ -317,43 +314,15 @@ def test_indexed_names_and_types(tmp_path: Path, ending: str, dtype: type):
     assert bool((batch.loss_mask == 1).all())
 
 
-TWO_RANKS = """
-import sys
-from pathlib import Path
-import torch
-from alflb_megatron.lab.data import open_data
-rank, prefix, store, cache = int(sys.argv[1]), *sys.argv[2:]
-torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
-for split in open_data(prefix, seq_length=16, vocab_size=256, seed=7, cache_dir=Path(cache)):
-    print(split.fingerprint, [split.sample(i).tokens.tolist() for i in range(2 * len(split))])
-torch.distributed.destroy_process_group()
-"""
+def seen(prefix: Path, cache: Path) -> list[tuple[str, list[list[int]]]]:
+    """Fingerprint and tokens of two epochs of each split."""
+    splits = opened(prefix, cache_dir=cache)
+    return [(data.fingerprint, [data.sample(i).tokens.tolist() for i in range(2 * len(data))]) for data in splits]
 
 
 def test_indexed_is_the_same_on_two_ranks(indexed: Path, tmp_path: Path):
-    package = Path(alflb_megatron.__file__).parents[1]
-    environment = {**os.environ, "PYTHONPATH": str(package), "OMP_NUM_THREADS": "1"}
-    arguments = [str(indexed), str(tmp_path / "store"), str(tmp_path / "cache")]
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, "-W", "ignore", "-c", TWO_RANKS, str(rank), *arguments],
-            env=environment,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    try:
-        printed = [rank.communicate(timeout=120)[0] for rank in ranks]
-    finally:
-        for rank in ranks:
-            rank.kill()
-    assert [rank.returncode for rank in ranks] == [0, 0]
-    alone = opened(indexed, cache_dir=tmp_path / "alone")
-    expected = [
-        f"{split.fingerprint} {[split.sample(i).tokens.tolist() for i in range(2 * len(split))]}" for split in alone
-    ]
-    assert printed[0].splitlines()[-2:] == printed[1].splitlines()[-2:] == expected
+    first, second = ranks.run(2, seen, indexed, tmp_path / "cache")
+    assert first == second == seen(indexed, tmp_path / "alone")
 
 
 def test_sentencepiece_tokenizer_is_loaded_or_its_package_named(indexed: Path, tmp_path: Path):
