@@ -1,7 +1,4 @@
-"""Planted pickles: in place of each file that we read, and in every part of a real checkpoint that is unpickled.
-
-Trainings and command lines run in children of a server that has imported torch and Megatron-Core once for all of them.
-"""
+"""Planted pickles: in place of each file that we read, and in every part of a real checkpoint that is unpickled."""
 
 from __future__ import annotations
 
@@ -9,11 +6,10 @@ import ast
 import contextlib
 import io
 import json
-import multiprocessing
 import os
 import pickle
 import shutil
-import sys
+import subprocess
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -30,18 +26,11 @@ from alflb_megatron.lab.data import open_data
 from alflb_megatron.lab.training import checkpoint
 from alflb_megatron.lab.training.command import plan_of
 from alflb_megatron.settings import SettingError
+from tests import forked
 from tests.fuzz import seeds
 
 PACKAGE = seeds.ROOT / "alflb_megatron"
 CHECKPOINT = Path("checkpoints", "step_00000002")
-SERVER = multiprocessing.get_context("forkserver")
-SERVER.set_forkserver_preload([
-    "tests.conftest",
-    "alflb_megatron.lab.training.build",
-    "alflb_megatron.lab.training.checkpoint",
-    "alflb_megatron.lab.training.forward_backward",
-    "alflb_megatron.lab.training.train",
-])  # fmt: skip
 
 
 class Planted:
@@ -54,34 +43,19 @@ class Planted:
         return os.mkdir, (str(self.path),)
 
 
-def _main(words: list[str], errors: Path) -> None:
-    os.dup2(os.open(errors, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), sys.stderr.fileno())
-    torch.set_num_threads(1)
-    sys.exit(cli.main(words))
-
-
-def alflb(words: list[str], folder: Path) -> tuple[int | None, str]:
-    """Exit code and standard error of `alflb <words>`, run in a process of its own; `folder` is there for its log."""
-    errors = folder / "stderr.txt"
-    process = SERVER.Process(target=_main, args=(words, errors))
-    process.start()
-    process.join(300)
-    return process.exitcode, errors.read_text(encoding="utf-8")
-
-
-def train(run: Path, *more: str, **changed: Any) -> tuple[int | None, str]:
+def train(run: Path, *more: str, **changed: Any) -> subprocess.CompletedProcess[str]:
     """`alflb train` on one rank with a model of toy size, into the folder `run`."""
     flags = {**seeds.JOB, **seeds.SHAPE, "steps": 2, "rule": "adaptive", "out": run, **changed}
     words = [word for name, value in flags.items() for word in (f"--{name.replace('_', '-')}", str(value))]
-    return alflb(["train", *words, *more], run.parent)
+    return forked.alflb("train", *words, *more)
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run folder with one checkpoint."""
     folder = tmp_path_factory.mktemp("adam") / "run"
-    code, errors = train(folder)
-    assert code == 0, errors[-2000:]
+    done = train(folder)
+    assert done.returncode == 0, done.stderr[-2000:]
     return folder
 
 
@@ -90,8 +64,8 @@ def saved(request: pytest.FixtureRequest, run: Path, tmp_path_factory: pytest.Te
     """A checkpoint of each optimizer."""
     if request.param == "distributed":
         run = tmp_path_factory.mktemp("distributed") / "run"
-        code, errors = train(run, optimizer="distributed")
-        assert code == 0, errors[-2000:]
+        done = train(run, optimizer="distributed")
+        assert done.returncode == 0, done.stderr[-2000:]
     return run / CHECKPOINT
 
 
@@ -239,10 +213,10 @@ def test_the_command_line_refuses_it_and_leaves_the_run_as_it_is(
     _within_metadata(planted / CHECKPOINT, bait)
     given = [word.format(planted=planted, other=tmp_path / "other") for word in words]
     before = {path: path.read_bytes() for path in planted.rglob("*") if path.is_file()}
-    code, errors = train(planted, *given, steps=3)
-    assert code == 2, errors[-1000:]
-    (said,) = (text for text in errors.splitlines() if text.startswith("alflb: "))
-    assert "posix.mkdir" in said and "Traceback" not in errors
+    done = train(planted, *given, steps=3)
+    assert done.returncode == 2, done.stderr[-1000:]
+    (said,) = (text for text in done.stderr.splitlines() if text.startswith("alflb: "))
+    assert "posix.mkdir" in said and "Traceback" not in done.stderr
     assert not bait.exists()
     assert {path: path.read_bytes() for path in planted.rglob("*") if path.is_file()} == before
 
