@@ -25,7 +25,8 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[1]
-PRELOADED = "tests.preloaded"
+PRELOADED = os.environ.get("ALFLB_TESTS_PRELOAD", "tests.preloaded")
+"""What the server imports; `make test-hosts` names another for each host."""
 SECONDS = 300.0
 """How long ranks may take together."""
 
@@ -162,14 +163,26 @@ def _rank(
 
 
 class Command:
-    """`alflb WORDS` while it runs: on one process, or on `nproc` ranks as under torchrun."""
+    """`alflb WORDS`, or `python WORDS`, while it runs: in one process, or on `nproc` ranks as under torchrun."""
 
-    def __init__(self, words: Sequence[str | os.PathLike[str]], nproc: int = 1, env: Mapping[str, str] | None = None):
+    def __init__(
+        self,
+        words: Sequence[str | os.PathLike[str]],
+        nproc: int = 1,
+        env: Mapping[str, str] | None = None,
+        program: Callable[[list[str]], Any] | None = None,
+        launched: bool = False,
+    ) -> None:
         self.words = [os.fspath(word) for word in words]
         self._folder = tempfile.TemporaryDirectory()
-        outer = _launched(nproc) if nproc > 1 else [{}]
+        outer = _launched(nproc) if nproc > 1 or launched else [{}]
         places = [os.path.join(self._folder.name, str(rank)) for rank in range(nproc)]
-        started = _start([(_command, self.words, {**(env or {}), **o}, p) for o, p in zip(outer, places, strict=True)])
+        started = _start(
+            [
+                (_captured, program or _alflb, self.words, {**(env or {}), **ranked}, place)
+                for ranked, place in zip(outer, places, strict=True)
+            ]
+        )
         self.processes = [process for process, _ in started]
         for _, pipe in started:
             pipe.close()
@@ -184,16 +197,23 @@ class Command:
         for process in self.processes:
             process.kill()
 
+    def said(self) -> list[str]:
+        """What each rank wrote to standard error so far."""
+        files = [Path(self._folder.name, f"{rank}.err") for rank in range(len(self.processes))]
+        return [file.read_text(errors="replace") if file.exists() else "" for file in files]
+
     def finish(self, seconds: float = SECONDS) -> subprocess.CompletedProcess[str]:
-        """Waits for all; output is rank 0's. What is still running after `seconds` is killed."""
+        """Waits for all, `seconds` at the most, then kills; output is that of all ranks, one after the other."""
         deadline = time.monotonic() + seconds
         for process in self.processes:
             process.join(max(0.0, deadline - time.monotonic()))
             if process.is_alive():
                 self.kill()
                 process.join()
-        out, err = (Path(self._folder.name, f"0.{name}") for name in ("out", "err"))
-        texts = [file.read_text(errors="replace") if file.exists() else "" for file in (out, err)]
+        texts = [
+            "".join(file.read_text(errors="replace") for file in sorted(Path(self._folder.name).glob(f"*.{name}")))
+            for name in ("out", "err")
+        ]
         self._folder.cleanup()
         code = self.poll()
         assert code is not None
@@ -207,6 +227,17 @@ def alflb(
     return Command(words, nproc, env).finish(seconds)
 
 
+def python(
+    *words: str | os.PathLike[str],
+    nproc: int = 1,
+    env: Mapping[str, str] | None = None,
+    launched: bool = True,
+    seconds: float = SECONDS,
+) -> subprocess.CompletedProcess[str]:
+    """Runs `python -m MODULE ...` or `python SCRIPT ...` to its end, each rank as torchrun would start it."""
+    return Command(words, nproc, env, _python, launched).finish(seconds)
+
+
 def _launched(nproc: int) -> list[dict[str, str]]:
     """What a launcher sets for each rank."""
     with socket.socket() as taken:
@@ -216,23 +247,43 @@ def _launched(nproc: int) -> list[dict[str, str]]:
     return [{k: str(v) for k, v in {**everyone, "RANK": r, "LOCAL_RANK": r}.items()} for r in range(nproc)]
 
 
-def _command(arguments: list[str], environment: Mapping[str, str], place: str) -> None:
+def _alflb(words: list[str]) -> Any:
     from alflb_megatron.lab import cli
 
+    sys.argv = ["alflb", *words]
+    return cli.main(words)
+
+
+def _python(words: list[str]) -> Any:
+    import runpy
+
+    if words[0] == "-m":
+        sys.argv = words[1:]
+        runpy.run_module(words[1], run_name="__main__", alter_sys=True)
+    else:
+        sys.argv = words
+        sys.path.insert(0, str(Path(words[0]).parent))
+        runpy.run_path(words[0], run_name="__main__")
+
+
+def _captured(
+    program: Callable[[list[str]], Any], words: list[str], environment: Mapping[str, str], place: str
+) -> None:
     os.environ.update(environment)
     for name, number in (("out", 1), ("err", 2)):
         file = os.open(f"{place}.{name}", os.O_WRONLY | os.O_CREAT, 0o600)
         os.dup2(file, number)
     sys.stdout = sys.__stdout__ = open(1, "w", closefd=False)  # noqa: SIM115
     sys.stderr = sys.__stderr__ = open(2, "w", closefd=False)  # noqa: SIM115
-    sys.argv = ["alflb", *arguments]
     code: Any = 1
     try:
-        code = cli.main(arguments)
+        code = program(words)
     except SystemExit as end:
+        if isinstance(end.code, str):
+            print(end.code, file=sys.stderr)
         code = end.code
-    except BaseException:
-        traceback.print_exc()
+    except BaseException as error:
+        sys.excepthook(type(error), error, error.__traceback__)
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code if isinstance(code, int) else int(bool(code)))

@@ -23,10 +23,11 @@ class ScoreRecorder:
         folder: the run folder.
         routers: layer number -> `ALFRouter`; a pipeline stage may have none, and then writes files without layers.
         gating: how they choose.
-        rank, ranks: this rank and how many there are.
+        rank: this rank.
+        ranks: how many there are.
         steps: how many global batches to write.
 
-    A step's scores are held in memory (on the CPU) until `write`; after the last one the taps are off.
+    A step's scores are held in memory (on the CPU) until `write`; after the last one the hooks are off.
     """
 
     def __init__(

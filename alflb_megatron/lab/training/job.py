@@ -79,7 +79,7 @@ class Job:
     )
     router_fusion: bool = knob(False, "Transformer Engine's fused router")
     grouped_gemm: bool = knob(False, "experts as one grouped matrix product (needs Transformer Engine)")
-    out: str = knob("", "run folder; default runs/<preset>-<rule>-<seed>", metavar="DIR")
+    out: str = knob("", "run folder; default runs/PRESET-RULE-SEED", metavar="DIR")
     resume: bool = knob(False, "go on from the last checkpoint in the run folder")
     requeue: bool = knob(
         False, "go on from the last checkpoint if there is one, else begin: for schedulers that start a job again"

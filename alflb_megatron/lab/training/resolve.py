@@ -24,7 +24,9 @@ def resolve(job: Mapping[str, Any], shape: Mapping[str, Any], alf: Mapping[str, 
     """Puts the given settings over the preset's and checks the whole.
 
     Args:
-        job, shape, alf: what was given, by field name of `Job`, `ModelShape` and `ALFConfig`.
+        job: what was given, by field name of `Job`.
+        shape: likewise of `ModelShape`.
+        alf: likewise of `ALFConfig`.
 
     Raises:
         SettingError: one setting, its value and what is allowed.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -25,6 +24,7 @@ from alflb_megatron.lab.replay.scores import open_scores
 from alflb_megatron.lab.training.resolve import resolve, resolve_resumed
 from alflb_megatron.margins import exact_move
 from alflb_megatron.settings import SettingError, markdown_table
+from tests import forked
 from tests.distributed import ranks
 
 STEPS, LAYERS, TOKENS, EXPERTS, TOPK = 24, 2, 200, 8, 2
@@ -292,19 +292,19 @@ def test_a_resumed_run_does_not_record_again() -> None:
     assert resolve_resumed(saved, {"resume": True}, {}, {}).job.record_scores == 0
 
 
-def train(out: Path, *words: str) -> list[dict[str, Any]]:
-    command = [sys.executable, "-m", "alflb_megatron.lab.cli", "train", "--preset", "tiny", "--steps", "3", "--no-save"]
+def train(out: Path, *words: str, nproc: int = 1) -> list[dict[str, Any]]:
+    command = ["train", "--preset", "tiny", "--steps", "3", "--no-save", "--nproc", str(nproc)]
     command += ["--global-batch-size", "4", "--micro-batch-size", "1", "--validation-sequences", "4", *words]
-    done = subprocess.run([*command, "--out", str(out)], capture_output=True, text=True, timeout=300)
+    done = forked.alflb(*command, "--out", out, nproc=nproc)
     assert done.returncode == 0, done.stderr[-2000:]
     return list(metrics_file.read_metrics(out))
 
 
 def test_recorded_scores_and_the_bias_give_the_loads_of_the_run(tmp_path: Path) -> None:
     """Two data-parallel ranks, two micro-batches each, and a rule with margins; and recording changes nothing."""
-    words = ("--nproc", "2", "--ep", "2", "--rule", "quantile", "--gate", "softmax")
-    steps = train(tmp_path / "run", *words, "--record-scores", "2")
-    plain = train(tmp_path / "plain", *words)
+    words = ("--ep", "2", "--rule", "quantile", "--gate", "softmax")
+    steps = train(tmp_path / "run", *words, "--record-scores", "2", nproc=2)
+    plain = train(tmp_path / "plain", *words, nproc=2)
     assert [step["loss"] for step in steps] == [step["loss"] for step in plain]
     assert [step["bias"] for step in steps] == [step["bias"] for step in plain]
     assert not (tmp_path / "plain" / "scores").exists()
@@ -322,7 +322,7 @@ def test_recorded_scores_and_the_bias_give_the_loads_of_the_run(tmp_path: Path) 
         assert player.step(scores_LTE)[0].tolist() == step["loads"]
         bias_LE = torch.tensor(step["bias"])
         assert torch.equal(player.bias_LE, bias_LE), "the replayed rule is the trained one, bit for bit"
-    train(tmp_path / "run", "--nproc", "1", "--ep", "1")
+    train(tmp_path / "run", "--ep", "1")
     assert not list((tmp_path / "run" / "scores").iterdir()), "another run's scores are not this one's"
 
 
@@ -353,8 +353,8 @@ def test_a_tap_sees_the_tokens_that_are_counted() -> None:
 
 
 def test_pipeline_stages_and_a_frozen_rule_are_recorded(tmp_path: Path) -> None:
-    words = ("--nproc", "2", "--pp", "2", "--ep", "1", "--alflb-frozen", "--recompute", "full")
-    steps = train(tmp_path / "run", *words, "--record-scores", "3")
+    words = ("--pp", "2", "--ep", "1", "--alflb-frozen", "--recompute", "full")
+    steps = train(tmp_path / "run", *words, "--record-scores", "3", nproc=2)
     made = open_scores(tmp_path / "run")
     assert made.steps == 3 and list(made.layers) == steps[0]["layers"]
     player = ReplayedRule(rules.make("sign", step_size=0.0), len(made.layers), made.experts, made.gating)

@@ -7,8 +7,6 @@ import json
 import math
 import shlex
 import shutil
-import subprocess
-import sys
 import warnings
 from pathlib import Path
 
@@ -22,9 +20,11 @@ from alflb_megatron.lab.records.history import BINS, History, labels, read_histo
 from alflb_megatron.lab.records.metrics_file import read_metrics
 from alflb_megatron.lab.records.step_record import StepRecord, sampling_floor_of
 from alflb_megatron.lab.records.summary import maxvio_text
+from alflb_megatron.lab.report import axes
 from alflb_megatron.lab.report.report import PAGE, report
 from alflb_megatron.metrics import max_vio, sampling_floor
 from alflb_megatron.settings import SettingError
+from tests import forked
 from tests.lab.report import chromium
 
 SMALL = shlex.split(
@@ -35,9 +35,19 @@ SMALL = shlex.split(
 
 
 def train(out: Path, *flags: str) -> Path:
-    command = [sys.executable, "-m", "alflb_megatron.lab.cli", "train", *SMALL, *flags, "--out", str(out)]
-    subprocess.run(command, check=True, capture_output=True, timeout=500)
+    done = forked.alflb("train", *SMALL, *flags, "--out", out)
+    assert done.returncode == 0, done.stderr[-2000:]
     return out
+
+
+LOOKED_AT = {"test_png_writes_the_pictures_alone", "test_the_page_opens_offline_and_shows_every_picture"}
+
+
+@pytest.fixture(autouse=True)
+def few_pixels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where a test does not look at the pixels: they are most of what a page costs."""
+    if request.node.originalname not in LOOKED_AT:
+        monkeypatch.setattr(axes, "DPI", 40)
 
 
 @pytest.fixture(scope="module")

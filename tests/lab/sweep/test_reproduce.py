@@ -22,6 +22,7 @@ import yaml
 from alflb_megatron.lab.cli import main
 from alflb_megatron.lab.sweep import collect, execute, figures, plan, plan_file, tables
 from alflb_megatron.settings import SettingError
+from tests import forked
 
 SHIPPED = ("wang2024", "han_zhong", "beyond")
 
@@ -183,6 +184,13 @@ def start(path: Path, out: Path) -> subprocess.Popen[bytes]:
         return subprocess.Popen([*command, "--at-once", "1"], env=env, stdout=log, stderr=log)
 
 
+def reproduce(path: Path, out: Path) -> int:
+    """The same in this process, whose trainings are processes all the same; the exit code."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("OMP_NUM_THREADS", "1")
+        return main(["reproduce", str(path), "--scale", "smoke", "--out", str(out), "--at-once", "1"])
+
+
 def until(what: Callable[[], bool], sweep: subprocess.Popen[bytes], seconds: float = 120) -> None:
     limit = time.monotonic() + seconds
     while not what():
@@ -198,8 +206,7 @@ def without_times(path: Path) -> list[dict[str, Any]]:
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a sweep that nobody stopped."""
     folder = tmp_path_factory.mktemp("whole")
-    sweep = start(written(folder), folder / "out")
-    assert sweep.wait(300) == 0, (folder / "sweep.log").read_text(encoding="utf-8")
+    assert reproduce(written(folder), folder / "out") == 0
     return folder / "out"
 
 
@@ -245,12 +252,10 @@ def test_stopped_at_every_stage_it_loses_and_repeats_nothing(whole: Path, tmp_pa
     second.send_signal(signal.SIGTERM)
     assert second.wait(60) == 130
 
-    third = start(path, out)
-    assert third.wait(300) == 0, (tmp_path / "sweep.log").read_text(encoding="utf-8")
+    assert reproduce(path, out) == 0
     assert records.stat().st_mtime_ns == kept  # a finished run is not trained again
     os.unlink(out / "results.csv")  # as if killed between the last run and the table
-    fourth = start(path, out)
-    assert fourth.wait(120) == 0
+    assert reproduce(path, out) == 0
     assert without_times(out / "results.csv") == without_times(whole / "results.csv")
 
 
@@ -279,13 +284,12 @@ def test_a_training_that_a_killed_sweep_left_keeps_others_out(tmp_path: Path) ->
         pass
 
 
-def test_a_run_that_fails_is_named_and_the_others_go_on(tmp_path: Path) -> None:
-    path, out = written(tmp_path), tmp_path / "out"
+def test_a_run_that_fails_is_named_and_the_others_go_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path, out = written(tmp_path, changed(train={"alflb_centring": False, "save": False})), tmp_path / "out"
     (out / NONE).mkdir(parents=True)
     (out / NONE / "of somebody else").touch()
-    sweep = start(path, out)
-    assert sweep.wait(300) == 1
-    said = (tmp_path / "sweep.log").read_text(encoding="utf-8")
+    assert reproduce(path, out) == 1
+    said = capsys.readouterr().err
     assert f"1 of 2 runs failed: {NONE}" in said and "must be a new folder" in said
     assert (out / SIGN / "summary.json").exists() and not (out / "results.csv").exists()
 
@@ -436,8 +440,12 @@ def test_curves_are_means_over_equal_stretches() -> None:
 
 
 def test_smoke_of_the_paper_runs_from_end_to_end(tmp_path: Path) -> None:
+    """Every run of it is trained; as forks, for that a sweep starts processes is tested above."""
     out = tmp_path / "out"
-    sweep = plan_file.read_plan(plan_file.find_plan("wang2024"), "smoke")
+    sweep = plan_file.read_plan(plan_file.find_plan("wang2024"), "smoke", {"save": False})
+    for run in sweep.runs:
+        done = forked.alflb("train", *run.flags(out / run.name, resume=False))
+        assert done.returncode == 0, done.stderr[-2000:]
     with execute.lock_folder(out) as lock:
         assert execute.train_locally(sweep, out, 2, lock, print) == []
     found = collect.collect(sweep, out)

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +17,9 @@ from alflb_megatron.lab.theory.certificate import certify, regret_in_hindsight
 from alflb_megatron.lab.training.certificates import POOLED
 from alflb_megatron.lab.training.resolve import resolve
 from alflb_megatron.settings import SettingError
+from tests import forked
 from tests.lab.replay.test_replay import train
+from tests.lab.theory.test_claims import SMALL
 
 
 def test_one_claim_writes_its_table_figures_and_picture(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -36,10 +36,13 @@ def test_one_claim_writes_its_table_figures_and_picture(tmp_path: Path, capsys: 
     assert tables.markdown_table(claim).count("\n") == 1 + len(claim["rows"])
 
 
-def test_every_claim_with_a_picture_can_be_drawn(tmp_path: Path) -> None:
-    """All but regret, which the tests of the claims measure."""
-    results = theory.measure(["lagrangian", "balance", "structure", "convexity"])
+def test_every_claim_with_a_picture_can_be_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All but regret, which the tests of the claims measure; at the size of those tests."""
+    from alflb_megatron.lab.theory import claims
     from alflb_megatron.lab.theory.plots import draw
+
+    monkeypatch.setattr(claims, "make", lambda name, full=False: SMALL[name])
+    results = theory.measure(["lagrangian", "balance", "structure", "convexity"])
 
     assert [path.name for path in draw(results, tmp_path)] == ["lagrangian.png", "balance.png", "convexity.png"]
     assert theory.failed(results) == []
@@ -49,7 +52,6 @@ def test_a_claim_that_fails_is_said_and_is_the_exit_code(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from alflb_megatron.lab.theory import claims
-    from tests.lab.theory.test_claims import SMALL
 
     few = type(SMALL["convexity"])(directions=1, tails=(1.5,), seeds=1, samples=60)
     monkeypatch.setattr(claims, "make", lambda name, full=False: few)
@@ -83,8 +85,8 @@ def test_what_cannot_be_certified_is_refused(
 
 def test_certificates_of_a_training_are_those_of_its_scores(tmp_path: Path) -> None:
     """Two ranks; certifying changes nothing, and what it says is what the recorded scores and biases say."""
-    steps = train(tmp_path / "run", "--certify", "2", "--record-scores", "3", "--nproc", "2", "--ep", "2")
-    plain = train(tmp_path / "plain", "--nproc", "2", "--ep", "2")
+    steps = train(tmp_path / "run", "--certify", "2", "--record-scores", "3", "--ep", "2", nproc=2)
+    plain = train(tmp_path / "plain", "--ep", "2", nproc=2)
     assert [step["bias"] for step in steps] == [step["bias"] for step in plain]
     assert [("certificates" in step) for step in steps] == [False, True, False]
     found = steps[1]["certificates"]
@@ -100,7 +102,7 @@ def test_certificates_of_a_training_are_those_of_its_scores(tmp_path: Path) -> N
 
 
 def test_certificates_come_from_every_pipeline_stage(tmp_path: Path) -> None:
-    steps = train(tmp_path / "run", "--certify", "3", "--nproc", "2", "--pp", "2", "--ep", "1", "--gate", "softmax")
+    steps = train(tmp_path / "run", "--certify", "3", "--pp", "2", "--ep", "1", "--gate", "softmax", nproc=2)
     assert [row["layer"] for row in steps[2]["certificates"]] == steps[2]["layers"]
     assert [row["layer"] for row in summary(tmp_path / "run")["regret"]] == steps[2]["layers"]
 
@@ -112,7 +114,7 @@ def summary(folder: Path) -> dict[str, Any]:
 
 def test_the_regret_of_a_training_is_that_of_its_scores_and_outlives_the_process(tmp_path: Path) -> None:
     folder = tmp_path / "run"
-    words = ["--rule", "sign", "--alflb-step-size", "0.05", "--certify", "1", "--nproc", "1", "--ep", "1"]
+    words = ["--rule", "sign", "--alflb-step-size", "0.05", "--certify", "1", "--ep", "1"]
     steps = train(folder, *words, "--record-scores", "3", "--save")
     regret = summary(folder)["regret"]
     assert [row["layer"] for row in regret] == steps[0]["layers"]
@@ -126,11 +128,11 @@ def test_the_regret_of_a_training_is_that_of_its_scores_and_outlives_the_process
         assert row["regret"] == pytest.approx(whole.regret, abs=1e-12) and row["proof"] < 1e-9
     # broken off before the summary: nothing is trained again, and the samples are still there
     (folder / "summary.json").unlink()
-    resumed = [sys.executable, "-m", "alflb_megatron.lab.cli", "train", "--resume", "--out", str(folder)]
-    assert subprocess.run(resumed, capture_output=True, timeout=300).returncode == 0
+    resumed = ("train", "--resume", "--out", folder)
+    assert forked.alflb(*resumed).returncode == 0
     assert summary(folder)["regret"] == regret
     # without a step's samples none is said, and the run still ends well
     next((folder / "certified").iterdir()).unlink()
     (folder / "summary.json").unlink()
-    assert subprocess.run(resumed, capture_output=True, timeout=300).returncode == 0
+    assert forked.alflb(*resumed).returncode == 0
     assert summary(folder)["regret"] == []

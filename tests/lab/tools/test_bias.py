@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +20,7 @@ from alflb_megatron.lab.records.run_folder import saved_settings
 from alflb_megatron.lab.tools import bias
 from alflb_megatron.lab.training.resolve import resolve, resolve_resumed
 from alflb_megatron.settings import SettingError
+from tests import forked
 from tests.distributed import jobs
 
 MODEL = {**jobs.SMALL, "vocab_size": 256}
@@ -31,8 +30,7 @@ STEPS = 3
 
 
 def _train(*words: str) -> None:
-    command = [sys.executable, "-m", "alflb_megatron.lab.cli", "train", *SHAPE, *JOB, *words]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=500)
+    done = forked.alflb("train", *SHAPE, *JOB, *words, nproc=2)
     assert done.returncode == 0, done.stderr[-2000:]
 
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -14,6 +12,7 @@ from alflb_megatron.lab.training.job import Plan
 from alflb_megatron.lab.training.resolve import resolve, resolve_resumed
 from alflb_megatron.models import PRESETS, ModelShape
 from alflb_megatron.settings import SettingError
+from tests import forked
 
 RULES = "none, builtin, adaptive, harmonic, proportional, quantile, rms, sign, smebu, sqrt"
 
@@ -98,7 +97,6 @@ LATE = [
     (["--data", "nowhere/at/all"], "--data=nowhere/at/all: "),
     (["--tokenizer", "magic"], "--tokenizer=magic: "),
     (["--resume"], "--resume="),
-    (["--out", "TAKEN"], "--out="),
     (["--load", "nowhere"], "--load=nowhere: must name a run with a checkpoint, or a checkpoint folder"),
     (["--dispatcher", "flex"], "--dispatcher=flex: needs CUDA and DeepEP; use alltoall or allgather"),
     (["--grouped-gemm"], "--grouped-gemm=True: needs CUDA and Transformer Engine"),
@@ -107,15 +105,27 @@ LATE = [
 
 @pytest.mark.parametrize(("words", "begin"), LATE, ids=[words[0] for words, _ in LATE])
 def test_what_the_ranks_find_is_one_line_too(words: list[str], begin: str, tmp_path: Path) -> None:
+    """On two ranks: rank 0 says it and leaves, the other waits silently for the launcher to end it."""
+    running = forked.Command(["train", "--steps", "1", "--out", tmp_path / "run", *words], nproc=2)
+    running.processes[0].join(60)
+    code, other = running.processes[0].exitcode, running.processes[1].exitcode
+    running.kill()
+    said = running.said()
+    assert (code, other) == (2, None), said
+    assert said[0].startswith("alflb: " + begin) and said[0].count("\n") == 1, said
+    assert said[1] == ""
+
+
+def test_a_launched_job_ends_with_the_line_of_its_ranks(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Through `alflb`'s own launcher: the folder is refused by rank 0 alone."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
     (tmp_path / "taken").mkdir()
     (tmp_path / "taken" / "thesis.txt").write_text("not a run", encoding="utf-8")
-    words = [word.replace("TAKEN", str(tmp_path / "taken")) for word in words]
-    command = [sys.executable, "-m", "alflb_megatron.lab.cli", "train", "--steps", "1", "--out", str(tmp_path / "run")]
-    done = subprocess.run([*command, *words], capture_output=True, text=True, timeout=120)
-    lines = done.stderr.strip().splitlines()
-    assert done.returncode == 2, done.stderr
-    assert len(lines) == 1, done.stderr
-    assert lines[0].startswith("alflb: " + begin)
+    assert cli.main(["train", "--steps", "1", "--out", str(tmp_path / "taken")]) == 2
+    error = capfd.readouterr().err
+    assert error.startswith("alflb: --out=") and error.count("\n") == 1
 
 
 def test_a_plan_survives_the_way_through_config_json() -> None:
@@ -146,30 +156,36 @@ def test_a_preset_gives_way_to_what_is_given() -> None:
     assert (plan.job.steps, plan.job.lr, plan.shape.num_experts, plan.shape.topk) == (7, 1e-3, 64, 4)
 
 
-@pytest.mark.parametrize("preset", ["tiny", "small", "deepseek-moe-1b", "deepseek-moe-3b"])
-def test_parameter_count_of_the_shape_is_that_of_the_model(preset: str) -> None:
-    """Builds the model with Megatron-Core, on the meta device, and counts."""
-    from tests.distributed import ranks
-
-    total = ranks.run(1, _parameters, preset)[0]
-    assert total == PRESETS[preset].parameters()
-    assert PRESETS[preset].parameters(active_only=True) < total
+@pytest.fixture(scope="module")
+def parameters() -> dict[str, int]:
+    """Preset -> parameters of the model, built with Megatron-Core on the meta device."""
+    (counted,) = forked.run(1, _parameters)
+    return counted
 
 
-def _parameters(preset: str) -> int:
+@pytest.mark.parametrize("preset", PRESETS)
+def test_parameter_count_of_the_shape_is_that_of_the_model(preset: str, parameters: dict[str, int]) -> None:
+    assert parameters[preset] == PRESETS[preset].parameters()
+    assert PRESETS[preset].parameters(active_only=True) < parameters[preset]
+
+
+def _parameters() -> dict[str, int]:
     import torch
 
     from alflb_megatron.lab.training import build
     from tests.distributed import ranks
 
-    job = {"preset": preset, "nproc": 1, "ep": 1, "global_batch_size": 8, "optimizer": "adam", "dtype": "fp32"}
-    plan = resolve(job, {}, {})
+    counted = {}
+    job = {"nproc": 1, "ep": 1, "global_batch_size": 8, "optimizer": "adam", "dtype": "fp32"}
     with ranks.model_parallel():
-        config = build.transformer_config(plan)
-        config.perform_initialization = False
-        with torch.device("meta"):
-            model = build.gpt_model(plan, config)
-        return sum(parameter.numel() for parameter in model.parameters())
+        for preset in PRESETS:
+            plan = resolve({**job, "preset": preset}, {}, {})
+            config = build.transformer_config(plan)
+            config.perform_initialization = False
+            with torch.device("meta"):
+                model = build.gpt_model(plan, config)
+            counted[preset] = sum(parameter.numel() for parameter in model.parameters())
+    return counted
 
 
 def test_the_1b_model_is_the_one_of_wang_et_al() -> None:

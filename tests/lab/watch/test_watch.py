@@ -204,7 +204,7 @@ def test_once_prints_a_frame_and_ends(run, capsys):
 def test_an_output_that_knows_ascii_alone_gets_what_it_can_show(run, tmp_path):
     there = shutil.copytree(run, tmp_path / "\u7a7a")
     command = [sys.executable, "-m", "alflb_megatron.lab.cli", "watch", str(there), "--once"]
-    environment = {**os.environ, "PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0"}
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0"}  # which Python reads when it starts
     done = subprocess.run(command, env=environment, capture_output=True, check=True, timeout=300)
     assert b"step 8 / 8" in done.stdout and done.stdout.isascii()
 
