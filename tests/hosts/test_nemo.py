@@ -15,6 +15,7 @@ import torch
 
 from alflb_megatron.hosts import log
 from tests.hosts.launched import free_port
+from tests.hosts.launched import ranks as ranks_of
 
 NEMO = importlib.util.find_spec("nemo") is not None and importlib.util.find_spec("nemo_run") is not None
 needs_nemo = pytest.mark.skipif(not NEMO, reason="NeMo 2 (nemo-toolkit 2.7.x and nemo-run) is not installed here")
@@ -39,14 +40,8 @@ def train(folder: Path, ranks: int, jobs: dict[str, dict[str, Any]]) -> None:
         (folder / name).mkdir()
         job.update(folder=str(folder / name), ep=ranks, port=free_port())
         job.setdefault("steps", STEPS)
-    run(
-        [
-            *(sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(ranks)),
-            *("--master-port", str(free_port()), "-m", "tests.hosts.nemo_job", json.dumps(list(jobs.values()))),
-        ],
-        folder,
-        PYTHONPATH=str(Path(__file__).parents[2]),
-    )
+    printed = ranks_of(ranks, "-m", "tests.hosts.nemo_job", json.dumps(list(jobs.values())), folder=folder)
+    (folder / "printed.txt").write_text(printed, encoding="utf-8")
 
 
 def parity(folder: Path) -> dict[str, dict[str, Any]]:
