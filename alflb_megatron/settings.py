@@ -1,8 +1,9 @@
 """Settings as dataclass fields: one declaration gives the default, the check, the flag and the docs row.
 
 A setting is declared with `knob(default, "what it does", ...)`. `add_flags` puts the fields of a dataclass
-on an argparse parser, `from_flags` reads them back, `check` holds every value against what is allowed, and
-`markdown_table` prints the reference table that `docs/` carries. Nothing here imports torch or a host.
+on an argparse parser, a host's own too, `given_flags` reads back those that were given, `given_environment` does the
+same for environment variables, `check` holds every value against what is allowed, and `markdown_table` prints the
+reference table that `docs/` carries. Nothing here imports torch or a host. Why no library does this: docs/design.md.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ def _shortened(value: object) -> str:
     return text if len(text) <= LONGEST_VALUE else f"{text[:LONGEST_VALUE]}... ({len(text)} characters)"
 
 
-def _line(text: str) -> str:
+def _escape_unprintable(text: str) -> str:
     """`text` on one line that a terminal can show: what cannot be printed is escaped."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
@@ -36,7 +37,7 @@ class SettingError(ValueError):
     """A setting has a value that cannot work. Its text is one line: the flag, the value, what is allowed."""
 
     def __init__(self, flag: str, value: object, allowed: str) -> None:
-        super().__init__(_line(f"{flag}={_shortened(value)}: {allowed}"))
+        super().__init__(_escape_unprintable(f"{flag}={_shortened(value)}: {allowed}"))
         self.flag, self.value, self.allowed = flag, value, allowed
         self.seen_by_one_rank = False  # so that it is printed once where every rank finds it, and at all where one does
 
@@ -45,7 +46,7 @@ LARGEST_INT = 2**63 - 1
 """The largest whole number a setting may be: tensors and Megatron-Core hold them as int64."""
 
 
-def _float(value: float) -> float:
+def _as_float(value: float) -> float:
     """`value` as a float, infinite where it is a whole number beyond all floats."""
     try:
         return float(value)
@@ -70,7 +71,7 @@ class Knob:
     def holds(self, value: float) -> bool:
         """Whether a number is finite and within the limits."""
         return (
-            math.isfinite(_float(value))
+            math.isfinite(_as_float(value))
             and (self.above is None or value > self.above)
             and (self.minimum is None or value >= self.minimum)
             and (self.maximum is None or value <= self.maximum)
@@ -123,7 +124,7 @@ def check(config: Any, prefix: str = "", flag_for: Callable[[str], str] | None =
                 raise SettingError(flag, value, f"a value is needed ({kind.__name__})")
             continue
         if kind is float and isinstance(value, int) and not isinstance(value, bool):
-            value = _float(value)
+            value = _as_float(value)
         if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
             raise SettingError(flag, repr(value), f"must be of type {kind.__name__}")
         choices = knob_.allowed_choices()
@@ -132,11 +133,12 @@ def check(config: Any, prefix: str = "", flag_for: Callable[[str], str] | None =
         if kind is int and abs(typing.cast(int, value)) > LARGEST_INT:
             raise SettingError(flag, value, f"must be at most {LARGEST_INT}")
         if kind in (int, float) and not knob_.holds(typing.cast(float, value)):
-            finite = "" if math.isfinite(_float(typing.cast(float, value))) else "a finite number"
+            finite = "" if math.isfinite(_as_float(typing.cast(float, value))) else "a finite number"
             raise SettingError(flag, value, f"must be {', '.join(filter(None, (finite, knob_.bounds())))}")
 
 
-def _read(text: str, kind: type, flag: str, optional: bool) -> Any:
+def _parse(text: str, kind: type, flag: str, optional: bool) -> Any:
+    """The value that `text` stands for; SettingError naming `flag` where it is none of type `kind`."""
     if optional and text.lower() == "none":
         return None
     if kind is bool:
@@ -181,7 +183,7 @@ def given_flags(namespace: argparse.Namespace, cls: type, prefix: str = "") -> d
         flag = flag_of(field.name, prefix)
         if (dest := flag[2:].replace("-", "_")) in values:
             value = values[dest]
-            given[field.name] = _read(value, kind, flag, optional) if isinstance(value, str) else value
+            given[field.name] = _parse(value, kind, flag, optional) if isinstance(value, str) else value
     return given
 
 
@@ -199,7 +201,7 @@ def given_environment(environment: Mapping[str, str], cls: type, prefix: str) ->
             raise SettingError(variable, text, f"no such setting; there are {', '.join(names)}")
         if text:
             name, kind, optional = names[variable]
-            given[name] = _read(text, kind, variable, optional)
+            given[name] = _parse(text, kind, variable, optional)
     return given
 
 
