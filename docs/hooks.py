@@ -16,7 +16,7 @@ from typing import Any
 
 from latex2mathml.converter import convert
 from mkdocs.structure.files import File, Files
-from names import API, ROOT, wrong_names
+from names import API, ROOT, wrong_docstrings, wrong_names
 
 logger = logging.getLogger("mkdocs.hooks")
 
@@ -28,7 +28,12 @@ ENTRANCE = "Names that `alflb_megatron` itself offers. They are looked up when f
 
 
 def on_config(config: Any) -> Any:
-    """Adds the API reference to the navigation: what the package offers, the plug-in's rooms, the lab's."""
+    """Adds the API reference to the navigation: what the package offers, the plug-in's rooms, the lab's.
+
+    Docstrings are looked through here, once.
+    """
+    for owner, name in wrong_docstrings():
+        logger.warning("the docstring of %s names '%s', which is not there", owner, name)
     pages = reference()
     rooms = [name for name in pages if name != "api/index.md"]
     config.nav.append(

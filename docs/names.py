@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ OTHERS = {
     "megatron/bridge/models/gpt_full_te_layer_autocast_spec.py",
     "nemo_logger.py",
     "pretrain_gpt.py",
+    "transformer/moe/router.py",
     "run_config.yaml",  # Megatron-Bridge writes it
     "certified/",
     "report/",
@@ -31,7 +33,7 @@ OTHERS = {
 DATA = {".json", ".jsonl", ".csv", ".png", ".html", ".idx", ".bin", ".npz", ".safetensors", ".log"}
 """Endings of files that runs write."""
 
-SHARED = {"config", "nemo"}
+SHARED = {"config", "nemo", "problem"}
 """Modules of ours whose names are also those of variables and packages of others."""
 
 API: Any = griffe.load("alflb_megatron", search_paths=[str(ROOT)], allow_inspection=False)
@@ -62,6 +64,15 @@ def wrong_names(markdown: str) -> list[str]:
         ):
             found += [name] * (not _is_short(name))
     return list(dict.fromkeys(found))
+
+
+def wrong_docstrings(owner: Any = API) -> Iterator[tuple[str, str]]:
+    """The same of the docstrings of a module or a class and all it holds: whose it is, and the name."""
+    for name in wrong_names(owner.docstring.value) if owner.docstring else ():
+        yield owner.path, name
+    for member in owner.members.values():
+        if not member.is_alias:
+            yield from wrong_docstrings(member)
 
 
 def _now(table: re.Match[str]) -> str:

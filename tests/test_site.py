@@ -9,6 +9,7 @@ import shutil
 import sys
 from pathlib import Path
 
+import griffe
 import pytest
 from mkdocs.commands.build import build
 from mkdocs.config import load_config
@@ -41,10 +42,10 @@ def test_a_build_ends_on_links_and_names_that_are_not_there(tmp_path: Path, capl
     with caplog.at_level(logging.WARNING, "mkdocs"):
         _build(docs, tmp_path / "site")
         assert caplog.messages == []
-        for page in docs.rglob("*.md"):
-            tables = re.findall(r"(?m)^\|[-:| ]+\|$", page.read_text(encoding="utf-8"))
-            built = (tmp_path / "site" / page.relative_to(docs).with_suffix(".html")).read_text(encoding="utf-8")
-            assert built.count("<table>") == len(tables) and "\\sum" not in built, page
+        for source in docs.rglob("*.md"):
+            tables = re.findall(r"(?m)^\|[-:| ]+\|$", source.read_text(encoding="utf-8"))
+            built = (tmp_path / "site" / source.relative_to(docs).with_suffix(".html")).read_text(encoding="utf-8")
+            assert built.count("<table>") == len(tables) and "\\sum" not in built, source
         (docs / "unlisted.md").write_text("# In no navigation\n", encoding="utf-8")
         for page, (text, _) in PLANTED.items():
             with (docs / page).open("a", encoding="utf-8") as file:
@@ -91,3 +92,10 @@ def test_names_that_are_there(text: str) -> None:
 )
 def test_names_that_are_not_there(text: str, wrong: str) -> None:
     assert names.wrong_names(f"Some words. {text}" if "|" not in text else text) == [wrong]
+
+
+def test_docstrings_name_what_is_there(tmp_path: Path) -> None:
+    planted = 'class Mine:\n    def step(self):\n        """As `LoadCounter`, once `LoadWindow`."""\n'
+    module = griffe.visit("planted", tmp_path / "planted.py", planted)
+    assert list(names.wrong_docstrings(module)) == [("planted.Mine.step", "LoadWindow")]
+    assert list(names.wrong_docstrings()) == []

@@ -2,7 +2,7 @@
 
 Each function takes `History` objects and returns a matplotlib figure, or None where no run has what it shows. All are
 equally wide, half a page, so that two stand side by side and a phone shows one under the other. House style of
-`lab/display/plots.py`.
+`lab/display/plot_style.py`.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """The pictures of `alflb theory`, one a claim, drawn from what `theory.json` holds.
 
-matplotlib is imported when a picture is drawn, and used without pyplot, as in `lab/display/plots.py`.
+matplotlib is imported when a picture is drawn, and used without pyplot, as in `lab/display/plot_style.py`.
 """
 
 from __future__ import annotations
