@@ -11,7 +11,7 @@ or, explicitly and without touching anything of Megatron's:
     layer_spec = with_alflb(layer_spec, ALFConfig(rule="sign"))
     install(config)            # wraps config.finalize_model_grads_func
 
-Public names: `enable`, `disable`, `with_alflb`, `install`, `ALFConfig`, `ALFRouter`, `Rule`, `register`,
+Public names: `enable`, `disable`, `with_alflb`, `install`, `warm_start`, `ALFConfig`, `ALFRouter`, `Rule`, `register`,
 `SettingError`. Megatron-Core is imported when the first of them that needs it is used.
 """
 

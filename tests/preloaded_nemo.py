@@ -13,7 +13,7 @@ from alflb_megatron.hosts.cpu import trainers
 trainers.prepare_nemo(skip={one.name for one in (*cpu.SUBSTITUTIONS, *trainers.COMMON, *trainers.NEMO)})
 torch.set_num_threads(1)
 
-import nemo.collections.llm  # noqa: E402
+import nemo.collections.llm  # noqa: E402, F401
 import nemo_run  # noqa: E402, F401
 
 gc.collect()
