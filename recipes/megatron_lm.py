@@ -21,7 +21,6 @@ import argparse
 import os
 import shlex
 import sys
-import sysconfig
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -115,8 +114,6 @@ def command(recipe: Recipe, further: Sequence[str] = ()) -> Command:
     if not recipe.cuda:
         script = ["-m", "alflb_megatron.hosts.cpu", *script]
         environment["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // training.gpus))
-        # The checkout compiles its dataset helpers with the python3-config that it finds, and with pybind11's.
-        before["PATH"] = os.pathsep.join((sysconfig.get_path("scripts"), str(Path(sys.base_prefix, "bin"))))
     return Command(launcher, [*script, *arguments(recipe), *flags, *further], environment, before)
 
 

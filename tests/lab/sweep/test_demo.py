@@ -206,8 +206,9 @@ def test_a_file_in_place_of_the_folder_is_refused(tmp_path):
 # -- the whole -----------------------------------------------------------------------------------------------------
 
 
-def test_a_demo_trains_compares_and_can_be_repeated(tmp_path, capfd):
+def test_a_demo_trains_compares_and_can_be_repeated(tmp_path, capfd, monkeypatch):
     """Real trainings, of a few steps, on one rank."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
     out = tmp_path / "demo"
     assert main(["--steps", "3", "--nproc", "1", "--rules", "none", "sign", "--out", str(out)]) == 0
     captured = capfd.readouterr()
