@@ -9,7 +9,6 @@ import os
 import re
 import subprocess
 import sys
-import sysconfig
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
@@ -78,9 +77,7 @@ def run(tree: Path, folder: Path, nproc: int, *flags: str, steps: int = STEPS, *
     """`pretrain_gpt.py` of `tree` on `nproc` ranks; raises nothing when it fails."""
     folder.mkdir(parents=True, exist_ok=True)
     kept = {name: value for name, value in os.environ.items() if not name.startswith("ALFLB_")}
-    # The checkout compiles its dataset helpers with the python3-config that it finds.
-    path = os.pathsep.join([str(Path(sys.base_prefix, "bin")), sysconfig.get_path("scripts"), kept.get("PATH", "")])
-    settings = {"PATH": path, "PYTHONPATH": f"{tree}{os.pathsep}{REPOSITORY}", "OMP_NUM_THREADS": "1"}
+    settings = {"PYTHONPATH": f"{tree}{os.pathsep}{REPOSITORY}", "OMP_NUM_THREADS": "1"}
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(nproc)]
     script = ["-m", "alflb_megatron.hosts.cpu", str(tree / SCRIPT), *TINY.split(), "--train-iters", str(steps), *flags]
     process = subprocess.Popen(

@@ -8,10 +8,13 @@ import importlib.util
 import json
 import platform
 import re
+import shutil
+import sysconfig
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from alflb_megatron.hosts.dataset_helpers import CONFIG, extension_suffix
 from alflb_megatron.lab.display.text import align_rows
 
 
@@ -57,6 +60,8 @@ class Installation:
     versions: dict[str, str]
     gpus: tuple[str, ...]
     nccl: str
+    python_config: str = ""
+    """Ending of what the first `python3-config` on the PATH compiles; empty where there is none."""
 
     def has(self, *parts: str) -> bool:
         return all(part in self.versions for part in parts)
@@ -85,7 +90,8 @@ def inspect_installation() -> Installation:
         if torch.cuda.is_available():
             gpus = tuple(torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count()))
             nccl = ".".join(map(str, torch.cuda.nccl.version()))
-    return Installation(platform.python_version(), versions, gpus, nccl)
+    suffix = extension_suffix(shutil.which(CONFIG))
+    return Installation(platform.python_version(), versions, gpus, nccl, suffix)
 
 
 # -- the features ------------------------------------------------------------------------------------------------------
@@ -164,6 +170,16 @@ def _nemo(installation: Installation) -> Finding:
     return Finding("NeMo", "nemo llm pretrain --factory RECIPE")
 
 
+def _dataset_helpers(installation: Installation) -> Finding:
+    feature = "Megatron-LM's dataset helpers"
+    if installation.python_config == sysconfig.get_config_var("EXT_SUFFIX"):
+        return Finding(feature, "compiled for this Python by a checkout")
+    advice = "put this Python's python3-config first on the PATH; `-m alflb_megatron.hosts.cpu` does so itself"
+    if not installation.python_config:
+        return Finding(feature, "a checkout cannot compile them: no python3-config", advice)
+    return Finding(feature, "a checkout would compile them for another Python", advice)
+
+
 FEATURES: tuple[Callable[[Installation], Finding], ...] = (
     _core,
     _device,
@@ -172,6 +188,7 @@ FEATURES: tuple[Callable[[Installation], Finding], ...] = (
     _optimizer,
     _dispatcher,
     _resiliency,
+    _dataset_helpers,
     _bridge,
     _nemo,
 )

@@ -55,6 +55,13 @@ def test_tested_is_what_the_environments_pin() -> None:
         (machine(GPU, Transformer_Engine="2.9"), "layers, grouped GEMM", "Transformer Engine", False),
         (machine(GPU, apex="0.1"), "Adam", "apex", False),
         (machine(GPU, DeepEP="1.2"), "token dispatcher", "alltoall, allgather or flex", False),
+        (machine(), "Megatron-LM's dataset helpers", "no python3-config", False),
+        (
+            Installation("3.12.1", CORE, (), "", ".cpython-27.so"),
+            "Megatron-LM's dataset helpers",
+            "another Python",
+            False,
+        ),
         (Installation("3.12.1", {}, (), ""), "router", "torch is missing", True),
         (Installation("3.12.1", {**CORE, "Megatron-Core": "0.15.3"}, (), ""), "router", "0.15.3 cannot take it", True),
         (Installation("3.11.7", {**CORE, "NeMo": "3.0.0"}, (), ""), "NeMo", "no LLM collection", True),
