@@ -24,6 +24,7 @@ from typing import Protocol
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from scipy import optimize
 from scipy.integrate import trapezoid
 from torch import Tensor
 
@@ -90,32 +91,26 @@ class IndependentScores:
                 h[k, other] = h[other, k] = trapezoid(density[k] * density[other] * exactly, z)
         return torch.from_numpy(h)
 
-    def optimum(self, bias_E: Tensor | None = None, tolerance: float = 1e-12, steps: int = 200) -> Tensor:
-        """The minimiser of the expected dual, float64 [E], zero-sum, by damped Newton steps on shares = K / E.
+    def optimum(self, bias_E: Tensor | None = None, tolerance: float = 1e-12) -> Tensor:
+        """The minimiser of the expected dual, float64 [E], zero-sum, by Powell's hybrid method on shares = K / E.
 
         ArithmeticError where it does not get there.
         """
         experts = len(self.experts)
-        p = torch.zeros(experts, dtype=torch.float64) if bias_E is None else zero_sum(bias_E.double())
-        gradient = self.shares(p) - self.topk / experts
-        for _ in range(steps):
-            if float(gradient.abs().max()) <= tolerance:
-                return p
+        start_E = torch.zeros(experts, dtype=torch.float64) if bias_E is None else zero_sum(bias_E.double())
+
+        def gradient(bias_E: Array) -> Array:
+            p = torch.from_numpy(bias_E)
+            return (self.shares(zero_sum(p)) - self.topk / experts + p.mean()).numpy()
+
+        def curvature(bias_E: Array) -> Array:
             # adding 1 1' makes H invertible and leaves it what it is on the zero-sum subspace
-            step = zero_sum(torch.linalg.solve(laplacian(self.weights(p)) + 1.0, gradient))
-            damping = 1.0
-            while True:
-                tried = zero_sum(p - damping * step)
-                after = self.shares(tried) - self.topk / experts
-                if float(after.norm()) < float(gradient.norm()) or damping < 1e-6:
-                    break
-                damping /= 2
-            if damping < 1e-6:
-                break
-            p, gradient = tried, after
-        if float(gradient.abs().max()) > 1e-6:
-            raise ArithmeticError(f"no balance found: a share is {float(gradient.abs().max()):.1e} off")
-        return p
+            return (laplacian(self.weights(zero_sum(torch.from_numpy(bias_E)))) + 1 / experts).numpy()
+
+        found = optimize.root(gradient, start_E.numpy(), jac=curvature, method="hybr", tol=tolerance)
+        if (left := float(np.abs(found.fun).max())) > 1e-6:
+            raise ArithmeticError(f"no balance found: a share is {left:.1e} off")
+        return zero_sum(torch.from_numpy(found.x))
 
     def sample(self, tokens: int, seed: int) -> AssignmentProblem:
         """T tokens' scores by inversion, seeded."""

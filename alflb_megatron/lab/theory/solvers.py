@@ -16,6 +16,7 @@ from collections.abc import Callable
 import numpy as np
 import torch
 from scipy import optimize, sparse
+from scipy.sparse import csgraph
 from torch import Tensor
 
 from alflb_megatron import margins, metrics
@@ -161,17 +162,10 @@ def minimum_cost_flow(
 def _shortest(cost_EE: Tensor, source_E: Tensor) -> tuple[Tensor, list[int]]:
     """Dijkstra's shortest distances [E] from the nearest source, and the node before each (-1 at a source)."""
     experts = cost_EE.shape[0]
-    cost = cost_EE.numpy()
-    distance = np.where(source_E.numpy(), 0.0, np.inf)
-    before = np.full(experts, -1)
-    waiting = np.ones(experts, dtype=bool)
-    for _ in range(experts):
-        node = int(np.where(waiting, distance, np.inf).argmin())
-        if not waiting[node] or np.isinf(distance[node]):
-            break
-        waiting[node] = False
-        through = distance[node] + cost[node]
-        nearer = waiting & (through < distance)
-        distance[nearer] = through[nearer]
-        before[nearer] = node
-    return torch.from_numpy(distance), before.tolist()
+    # As a sparse array with every entry stored: in a dense one SciPy takes a cost of zero for no edge.
+    starts = np.arange(0, experts**2 + 1, experts, dtype=np.int32)
+    ends = np.tile(np.arange(experts, dtype=np.int32), experts)
+    graph = sparse.csr_array((cost_EE.numpy().reshape(-1), ends, starts), shape=(experts, experts))
+    sources = np.flatnonzero(source_E.numpy())
+    distance, before, _ = csgraph.dijkstra(graph, indices=sources, min_only=True, return_predecessors=True)
+    return torch.from_numpy(distance), np.maximum(before, -1).tolist()
