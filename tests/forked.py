@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import multiprocessing
+import multiprocessing.util
 import os
 import pickle
 import socket
@@ -286,4 +287,5 @@ def _captured(
         sys.excepthook(type(error), error, error.__traceback__)
     sys.stdout.flush()
     sys.stderr.flush()
+    multiprocessing.util._exit_function()  # ends the process that Megatron-Core's checkpoint writer has started
     os._exit(code if isinstance(code, int) else int(bool(code)))
