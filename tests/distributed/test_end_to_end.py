@@ -16,6 +16,7 @@ from alflb_megatron.lab.records import metrics_file
 from alflb_megatron.lab.records.run_folder import CONFIG_KEYS, RunFolder
 from alflb_megatron.lab.training.resolve import resolve
 from alflb_megatron.settings import SettingError
+from tests import forked
 from tests.distributed import jobs, ranks
 from tests.distributed.test_resume import PACKAGE
 
@@ -24,8 +25,7 @@ SHAPE[SHAPE.index("--vocab-size") + 1] = "256"
 TRAIN = ["train", *SHAPE, "--steps", "4", "--validation-sequences", "16", "--data", str(PACKAGE), "--json"]
 
 
-def _summary(command: list[str]) -> dict[str, Any]:
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+def _summary(done: subprocess.CompletedProcess[str]) -> dict[str, Any]:
     assert done.returncode == 0, done.stderr[-2000:]
     assert "step 4/4  loss" in done.stderr, "progress goes to standard error"
     return dict(json.loads(done.stdout))
@@ -34,10 +34,14 @@ def _summary(command: list[str]) -> dict[str, Any]:
 def test_the_run_folder_of_each_kind_of_rule(tmp_path: Path) -> None:
     alflb, torchrun = [sys.executable, "-m", "alflb_megatron.lab.cli"], [sys.executable, "-m", "torch.distributed.run"]
     under_torchrun = [*torchrun, "--standalone", "--nproc-per-node", "2", "-m", "alflb_megatron.lab.cli"]
-    plain = _summary([*under_torchrun, *TRAIN, "--rule", "none", "--out", str(tmp_path / "none")])
-    builtin = _summary([*alflb, *TRAIN, "--rule", "builtin", "--no-save", "--out", str(tmp_path / "builtin")])
+
+    def start(*words: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(words, capture_output=True, text=True, timeout=300)
+
+    plain = _summary(start(*under_torchrun, *TRAIN, "--rule", "none", "--out", str(tmp_path / "none")))
+    builtin = _summary(start(*alflb, *TRAIN, "--rule", "builtin", "--no-save", "--out", str(tmp_path / "builtin")))
     words = ["--rule", "harmonic", "--gate", "softmax", "--load", plain["checkpoint"], "--out", str(tmp_path / "ours")]
-    ours = _summary([*alflb, *TRAIN, *words])
+    ours = _summary(forked.alflb(*TRAIN, *words, nproc=2))
     assert builtin["checkpoint"] is None
     assert ours["validation_loss"] < plain["validation_loss"], "it started from the other's weights"
     for name, summary in (("none", plain), ("builtin", builtin), ("ours", ours)):

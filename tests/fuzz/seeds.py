@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +16,7 @@ from alflb_megatron.lab.replay.recording import Gating
 from alflb_megatron.lab.replay.score_recorder import ScoreRecorder
 from alflb_megatron.lab.tools.patch import SCRIPT, VERSION_FILE, patches
 from alflb_megatron.lab.training.resolve import resolve
+from tests import forked
 
 ROOT = Path(__file__).parents[2]
 SHAPE = {
@@ -104,9 +103,7 @@ def checkpoint(folder: Path, optimizer: str = "adam") -> Path:
     """A run of `alflb train` with one real checkpoint; returns the checkpoint's folder."""
     flags = {**JOB, **SHAPE, "steps": 2, "optimizer": optimizer, "rule": "adaptive", "out": str(folder)}
     words = [word for name, value in flags.items() for word in (f"--{name.replace('_', '-')}", str(value))]
-    done = subprocess.run(
-        [sys.executable, "-m", "alflb_megatron.lab.cli", "train", *words], capture_output=True, text=True, timeout=500
-    )
+    done = forked.alflb("train", *words)
     assert done.returncode == 0, done.stderr[-2000:]
     return folder / "checkpoints" / "step_00000002"
 
