@@ -22,7 +22,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from alflb_megatron.hosts import absent_state
 from alflb_megatron.lab.checkpoints.scan import scan_checkpoint
-from alflb_megatron.lab.data.samples import one_line
+from alflb_megatron.lab.data.errors import one_line
 from alflb_megatron.lab.records.files import read_json, write_json
 from alflb_megatron.lab.training.build import ModelSetup
 from alflb_megatron.lab.training.job import Plan
