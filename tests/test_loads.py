@@ -34,8 +34,8 @@ def test_windows_of_all_kinds_travel_together_and_come_back_as_they_were() -> No
         else:
             assert torch.equal(seen.histogram_EB, counter.histogram_EB)
             assert torch.equal(seen.histogram_EB[:, SIDE:].sum(1), seen.loads_E)
-        counter.take(sent)
-        assert not any(part.any() for part in counter.now() if part is not None)
+        counter.subtract(sent)
+        assert not any(part.any() for part in counter.local() if part is not None)
 
 
 def test_without_histograms_counts_travel_as_int64() -> None:
