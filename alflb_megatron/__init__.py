@@ -23,8 +23,8 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.2.0"
 
 _HOMES = {
-    "enable": "alflb_megatron.hosts.one_line",
-    "disable": "alflb_megatron.hosts.one_line",
+    "enable": "alflb_megatron.hosts.enable",
+    "disable": "alflb_megatron.hosts.enable",
     "with_alflb": "alflb_megatron.hosts.core",
     "install": "alflb_megatron.hosts.core",
     "warm_start": "alflb_megatron.calibration",
@@ -52,7 +52,7 @@ if TYPE_CHECKING:
     from alflb_megatron.calibration import warm_start
     from alflb_megatron.config import ALFConfig
     from alflb_megatron.hosts.core import install, with_alflb
-    from alflb_megatron.hosts.one_line import disable, enable
+    from alflb_megatron.hosts.enable import disable, enable
     from alflb_megatron.router import ALFRouter
     from alflb_megatron.rules import Rule, register
     from alflb_megatron.settings import SettingError

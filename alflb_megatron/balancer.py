@@ -103,7 +103,7 @@ class Balancer:
 
     @torch.no_grad()
     def commit(self) -> Record | None:
-        """Waits for the loads, moves every bias that is not frozen, empties the windows; None if none was launched.
+        """Waits for the loads, moves every bias that is not frozen, empties the counters; None if none was launched.
 
         Raises:
             DisagreementError: ranks hold different biases or rule state and a layer's settings say to stop on that.

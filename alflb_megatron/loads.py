@@ -165,9 +165,9 @@ def counting_all_passes(counters: Sequence[LoadCounter]) -> Iterator[None]:
 class LoadAllReduce:
     """What several counters saw, being summed over a process group by one asynchronous all-reduce.
 
-    Windows may have different numbers of experts, and histograms or none: all travels as one flat tensor, int64 without
-    histograms and int32 with them, which holds global batches of up to 2^31 - 1 tokens. A `piggyback`, a few small
-    integers that are to be summed as well, rides along.
+    Counters may differ in their number of experts, and have histograms or none: all travels as one flat tensor, int64
+    without histograms and int32 with them, which holds global batches of up to 2^31 - 1 tokens. A `piggyback`, a few
+    small integers that are to be summed as well, rides along.
     """
 
     def __init__(

@@ -2,7 +2,7 @@
 
 Gating, input jitter, z-loss, auxiliary losses, capacity and replay are the parent's; what differs is the choice of
 experts (`routing.select`) and the counting of demand (`loads.LoadCounter`). Its buffers are those of
-`router_state.BiasState`.
+`router_state.ExpertBiasRouter`.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from torch import Tensor
 
 from alflb_megatron.config import ALFConfig
 from alflb_megatron.loads import LoadCounter
-from alflb_megatron.router_state import BiasState
+from alflb_megatron.router_state import ExpertBiasRouter
 from alflb_megatron.routing import Gate, group_limited_topk, margins_of_map, scores_of, select
 from alflb_megatron.settings import SettingError
 
@@ -34,7 +34,7 @@ FORWARDS_BEFORE_WARNING = 20_000
 """Micro-batches without an update after which a router says that nothing moves its bias."""
 
 
-class ALFRouter(BiasState):
+class ALFRouter(ExpertBiasRouter):
     """Routes each token to the K experts with the largest s + p; gate weights from s alone.
 
     Args:
@@ -63,7 +63,7 @@ class ALFRouter(BiasState):
         **host_kwargs: Any,
     ) -> None:
         self.alf = alf or ALFConfig()
-        check_gate(config, self.alf)
+        check_router_config(config, self.alf)
         super().__init__(config=config, pg_collection=pg_collection, **host_kwargs)
         # Megatron's own updater reads `enable_expert_bias`, finds routers by their `expert_bias` and steps by the sign
         # of `local_tokens_per_expert`, which stays zero here: with its flag on, it moves our bias by nothing.
@@ -120,10 +120,10 @@ class ALFRouter(BiasState):
             self._warn_if_never_updated()
             if self.score_hooks:
                 scores_TE = scores_of(logits_TE.detach(), self.gate)
-                for tap in self.score_hooks:
-                    tap(scores_TE if valid_T is None else scores_TE[valid_T])
-            for tap in self.logit_hooks:
-                tap(logits_TE.detach() if valid_T is None else logits_TE.detach()[valid_T])
+                for hook in self.score_hooks:
+                    hook(scores_TE if valid_T is None else scores_TE[valid_T])
+            for hook in self.logit_hooks:
+                hook(logits_TE.detach() if valid_T is None else logits_TE.detach()[valid_T])
         if self.config.moe_router_fusion:
             probs_TE, map_TE = topk_routing_with_score_function(
                 logits_TE,
@@ -179,7 +179,7 @@ class ALFRouter(BiasState):
             )
 
 
-def check_gate(config: TransformerConfig, alf: ALFConfig) -> None:
+def check_router_config(config: TransformerConfig, alf: ALFConfig) -> None:
     """Refuses settings of the host that cannot work with an expert bias; `SettingError` names the host's flag."""
     balancing = config.moe_router_load_balancing_type
     if {"sinkhorn", "quantile_balancing"} & ({balancing} if isinstance(balancing, str) else set(balancing)):

@@ -30,7 +30,7 @@ STATE_PREFIX = "alf_"
 """Buffers that are ours alone begin with this; a checkpoint without them loads, and they start afresh."""
 
 
-class BiasState(TopKRouter):
+class ExpertBiasRouter(TopKRouter):
     """Megatron-Core's router with bias, number of updates and rule state as buffers of its own."""
 
     alf: ALFConfig
@@ -84,7 +84,7 @@ class BiasState(TopKRouter):
     def _own_state(self) -> list[str]:
         return ["expert_bias", "alf_n", "alf_rule", *(STATE_PREFIX + name for name in self._state_names)]
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> BiasState:
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> ExpertBiasRouter:
         """Moves to another device, but never rounds our state: `Float16Module` casts every floating buffer."""
         exact = {name: getattr(self, name) for name in self._own_state()}
         super()._apply(fn, recurse)

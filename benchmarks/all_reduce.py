@@ -63,8 +63,8 @@ COLLECTIVES = (
 """Functions of torch.distributed that are counted; our code calls them through that module."""
 
 
-class BalancedRouter(nn.Module):
-    """A router as far as the balancer sees it, with the real window, bias and rule state, and nothing that routes."""
+class RouterStandIn(nn.Module):
+    """A router as far as the balancer sees it, with the real counter, bias and rule state, and nothing that routes."""
 
     def __init__(self, experts: int, rule: str) -> None:
         super().__init__()
@@ -82,9 +82,9 @@ class BalancedRouter(nn.Module):
         self.expert_bias, self.n, self.state = bias_E, n, state
 
 
-def routers(layers: int, experts: int, rule: str) -> list[BalancedRouter]:
+def routers(layers: int, experts: int, rule: str) -> list[RouterStandIn]:
     """Routers that saw one token in every bin of every expert's histogram, on every rank."""
-    made = [BalancedRouter(experts, rule) for _ in range(layers)]
+    made = [RouterStandIn(experts, rule) for _ in range(layers)]
     for router in made:
         router.load_counter.tokens_per_expert += (
             margins.SIDE

@@ -32,6 +32,9 @@ from alflb_megatron.recipes.nemo_model import (  # checkpoints name the model's 
     CUDA,
     DeepSeekMoEConfig,  # noqa: F401
     block_spec,  # noqa: F401
+    deepseek_moe_1b_model,  # noqa: F401
+    deepseek_moe_3b_model,  # noqa: F401
+    deepseek_moe_tiny_model,  # noqa: F401
     model_of,
 )
 from alflb_megatron.recipes.training import training_of

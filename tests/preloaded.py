@@ -16,9 +16,9 @@ import megatron.core.dist_checkpointing  # noqa: E402, F401
 import pytest  # noqa: E402, F401
 
 import alflb_megatron.calibration  # noqa: E402
+import alflb_megatron.hosts.enable  # noqa: E402
 import alflb_megatron.hosts.expert_bias  # noqa: E402
 import alflb_megatron.hosts.log  # noqa: E402
-import alflb_megatron.hosts.one_line  # noqa: E402
 import alflb_megatron.lab.data  # noqa: E402
 import alflb_megatron.lab.training.build  # noqa: E402
 import alflb_megatron.lab.training.checkpoint  # noqa: E402

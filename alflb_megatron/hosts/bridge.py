@@ -36,9 +36,9 @@ from megatron.bridge.training.callbacks import Callback, CallbackContext
 from megatron.bridge.utils import instantiate_utils
 from megatron.core import parallel_state
 
-from alflb_megatron.hosts.core import watch, with_alflb
+from alflb_megatron.hosts.core import watch_loads, with_alflb
+from alflb_megatron.hosts.enable import update_everywhere
 from alflb_megatron.hosts.log import figures, log_line, other_figures
-from alflb_megatron.hosts.one_line import update_everywhere
 from alflb_megatron.router_state import STATE_PREFIX
 
 Provider = TypeVar("Provider")
@@ -149,7 +149,7 @@ class ALFLBCallback(Callback):
     def on_train_start(self, context: CallbackContext) -> None:
         """Once, before the first step."""
         update_everywhere()
-        watch(context.model)
+        watch_loads(context.model)
 
     def on_train_step_end(self, context: CallbackContext) -> None:
         """Before Bridge logs the step, which it does from the same dictionary."""

@@ -1,7 +1,7 @@
 """Megatron-Core: how a layer gets our router, and how the balancer is called once per global batch.
 
 `with_alflb` puts the router into a layer spec and `install` wraps `config.finalize_model_grads_func`; nothing of
-Megatron's is changed. `one_line.py` does both for every model built afterwards.
+Megatron's is changed. `enable.py` does both for every model built afterwards.
 
 What of Megatron-Core differs from version to version is told apart in this file. Read against 0.16.1 and 0.19.2.
 """
@@ -189,7 +189,7 @@ def install(config: Any, group: dist.ProcessGroup | None = None) -> None:
 # -- watching a router that is not ours --------------------------------------------------------------------------------
 
 
-def watch(model: Sequence[nn.Module]) -> Balancer:
+def watch_loads(model: Sequence[nn.Module]) -> Balancer:
     """Counts the loads of Megatron-Core's own routers in `model`, for measurement; nothing of them is changed.
 
     Their routing map is what can be seen from outside, so under a capacity factor these are loads after dropping.

@@ -8,14 +8,16 @@ At its start a checkout of Megatron-LM compiles `megatron/core/datasets/helpers.
 from __future__ import annotations
 
 import importlib.util
+import logging
 import os
 import shutil
 import subprocess
 import sys
 import sysconfig
+import tempfile
 from pathlib import Path
 
-from alflb_megatron.settings import SettingError
+logger = logging.getLogger(__name__)
 
 CONFIG = "python3-config"
 MODULE = "megatron.core.datasets.helpers_cpp"
@@ -24,24 +26,36 @@ MODULE = "megatron.core.datasets.helpers_cpp"
 def compile_for_this_python() -> None:
     """Sees to it that `python3-config` on the PATH is this Python's; changes nothing where the helpers are there.
 
-    Raises:
-        SettingError: the helpers would be compiled for another Python, and this one's `python3-config` is not found.
+    Where this Python's is not found one line says so, for the run may do without the helpers.
     """
     if importlib.util.find_spec(MODULE) is not None:
         return
     found = shutil.which(CONFIG)
     if found is not None and _is_of_this_python(found):
         return
-    # pybind11 is asked by `python3`, which is the environment's own in its folder of scripts.
-    folders = (sysconfig.get_path("scripts"), str(Path(sys.base_prefix, "bin")), sysconfig.get_config_var("BINDIR"))
-    if not any(folder and _is_of_this_python(str(Path(folder, CONFIG))) for folder in folders):
-        raise SettingError(
+    own = _own_config()
+    if own is None:
+        logger.warning(
+            "%s=%s: Megatron-LM compiles its dataset helpers with it, and it is not that of %s; install this Python's "
+            "headers, or put its python3-config first on the PATH",
             CONFIG,
             found,
-            f"Megatron-LM compiles its dataset helpers with it, and it is not that of {sys.executable}; install this "
-            "Python's headers (python3-dev), or put its python3-config first on the PATH",
+            sys.executable,
         )
-    os.environ["PATH"] = os.pathsep.join([*filter(None, folders), os.environ.get("PATH", "")])
+        return
+    folder = Path(tempfile.mkdtemp(prefix="python3-config-"))
+    (folder / CONFIG).symlink_to(own)
+    # pybind11 is asked by `python3`, which is the environment's own in its folder of scripts.
+    os.environ["PATH"] = os.pathsep.join([str(folder), sysconfig.get_path("scripts"), os.environ.get("PATH", "")])
+
+
+def _own_config() -> Path | None:
+    """This Python's config script, also under its name with the version, as distributions of Linux have it."""
+    names = (CONFIG, f"python{sys.version_info.major}.{sys.version_info.minor}-config")
+    folders = (sysconfig.get_path("scripts"), str(Path(sys.base_prefix, "bin")), sysconfig.get_config_var("BINDIR"))
+    places = [Path(folder, name) for folder in folders if folder for name in names]
+    places += [Path(found) for found in map(shutil.which, names) if found]
+    return next((place for place in places if _is_of_this_python(str(place))), None)
 
 
 def extension_suffix(config: str | None) -> str:

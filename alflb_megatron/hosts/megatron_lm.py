@@ -26,7 +26,8 @@ from torch import nn
 
 from alflb_megatron import rules
 from alflb_megatron.config import PREFIX, ALFConfig
-from alflb_megatron.hosts import core, one_line
+from alflb_megatron.hosts import core, enable
+from alflb_megatron.hosts.dataset_helpers import compile_for_this_python
 from alflb_megatron.hosts.errors import exit_on_setting_error
 from alflb_megatron.hosts.log import figures, log_line, other_figures
 from alflb_megatron.settings import SettingError, add_flags, flag_of, given_environment, given_flags, knobs
@@ -49,6 +50,7 @@ def add_arguments(provider: Callable[[Any], Any] | None = None) -> Callable[[Any
 
     def add(parser: Any) -> Any:
         parser = parser if provider is None else provider(parser)
+        compile_for_this_python()  # arguments are read before the checkout compiles
         group = parser.add_argument_group("ALF-LB", "auxiliary-loss-free load balancing of the experts")
         group.add_argument(
             RULE, metavar=f"{{{','.join(rules.names())}}}", help="turns ALF-LB on, with this rule (default: off)"
@@ -124,7 +126,7 @@ def _enable(alf: ALFConfig, args: argparse.Namespace) -> None:
             "--moe-router-enable-expert-bias and its update rate move nothing while ALF-LB is on; "
             "leave it out to save its all-reduce"
         )
-    one_line.enable(alf)
+    enable.enable(alf)
     show_loads()
 
 

@@ -45,7 +45,7 @@ except RuntimeError as error:
 
 import lightning.pytorch as pl  # noqa: E402
 
-from alflb_megatron.hosts import core, one_line  # noqa: E402
+from alflb_megatron.hosts import core, enable  # noqa: E402
 from alflb_megatron.hosts.log import figures  # noqa: E402
 from alflb_megatron.router import ALFRouter  # noqa: E402
 
@@ -131,8 +131,8 @@ class ALFLB(pl.Callback):
         if not getattr(config, "num_moe_experts", None):
             raise SettingError("num_moe_experts", config.num_moe_experts, "ALFLB needs a model with experts")
         self._refuse_built(pl_module)
-        accept_arguments_of_nemo()
-        one_line.update_everywhere()
+        accept_removed_optimizer_arguments()
+        enable.update_everywhere()
         config.transformer_layer_spec = functools.partial(
             layer_spec, spec=_inner(config.transformer_layer_spec), alf=self.alf
         )
@@ -178,11 +178,11 @@ def _inner(spec: Any) -> Any:
     return spec.keywords["spec"] if isinstance(spec, functools.partial) and spec.func is layer_spec else spec
 
 
-DROPPED = {"no_weight_decay_cond": None, "scale_lr_cond": None, "lr_mult": 1.0}
+REMOVED_OPTIMIZER_ARGUMENTS = {"no_weight_decay_cond": None, "scale_lr_cond": None, "lr_mult": 1.0}
 """Arguments that `get_megatron_optimizer` lost in Megatron-Core 0.16, NeMo 2.7.3 still passes, and their defaults."""
 
 
-def accept_arguments_of_nemo() -> None:
+def accept_removed_optimizer_arguments() -> None:
     """Lets NeMo 2.7.3 build its optimizer on Megatron-Core 0.16 and later; `ALFLB` calls it. Twice is once.
 
     nemo/lightning/_strategy_lib.py:setup_megatron_optimizer passes arguments that are gone. They are left out while
@@ -190,14 +190,14 @@ def accept_arguments_of_nemo() -> None:
     """
     optimizer: Any = importlib.import_module("megatron.core.optimizer")
     plain = optimizer.get_megatron_optimizer
-    gone = [name for name in DROPPED if name not in inspect.signature(plain).parameters]
+    gone = [name for name in REMOVED_OPTIMIZER_ARGUMENTS if name not in inspect.signature(plain).parameters]
     if not gone or getattr(plain, "__alflb__", False):
         return
 
     @functools.wraps(plain)
     def get_megatron_optimizer(*args: Any, **kwargs: Any) -> Any:
         for name in gone:
-            if (value := kwargs.pop(name, DROPPED[name])) != DROPPED[name]:
+            if (value := kwargs.pop(name, REMOVED_OPTIMIZER_ARGUMENTS[name])) != REMOVED_OPTIMIZER_ARGUMENTS[name]:
                 raise SettingError(name, value, "Megatron-Core has no such setting any more, so it must stay unset")
         return plain(*args, **kwargs)
 

@@ -31,7 +31,7 @@ COMMANDS = {
     "train": Command("train a DeepSeekMoE with Megatron-Core and watch its balance", "training.command", ("tqdm",)),
     "demo": Command("train without a bias, with the built-in and with ours", "sweep.demo", ("tqdm", "matplotlib")),
     "data": Command("make training data of text, in Megatron's format, or check it", "data.prepare", ("tqdm",)),
-    "replay": Command("compare the balance of rules over recorded router scores", "replay.command", ("tqdm",)),
+    "replay": Command("compare rules over recorded router scores", "replay.command", ("tqdm", "matplotlib")),
     "theory": Command("measure what the theory claims", "theory.command", ("scipy", "matplotlib", "tqdm")),
     "patch": Command("put the flags of ALF-LB into a checkout of Megatron-LM, or take them out", "tools.patch"),
     "doctor": Command("say what of the hosts is installed, and which path each feature takes", "tools.doctor"),

@@ -12,7 +12,6 @@ import pytest
 
 from alflb_megatron.hosts import dataset_helpers
 from alflb_megatron.hosts.dataset_helpers import CONFIG, compile_for_this_python
-from alflb_megatron.settings import SettingError
 
 
 @pytest.fixture
@@ -42,16 +41,28 @@ def test_another_pythons_config_gives_way_to_this_ones(tmp_path: Path, monkeypat
 
 
 @pytest.mark.usefixtures("not_compiled")
-def test_without_this_pythons_one_line_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_this_pythons_under_its_name_with_the_version_serves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     _config_of(tmp_path / "other", ".cpython-27-x86_64-linux-gnu.so")
-    monkeypatch.setattr(sys, "base_prefix", str(tmp_path))
-    monkeypatch.setattr(sysconfig, "get_path", lambda name: str(tmp_path))
-    real = sysconfig.get_config_var
-    monkeypatch.setattr(sysconfig, "get_config_var", lambda name: str(tmp_path) if name == "BINDIR" else real(name))
+    _config_of(tmp_path / "bin", str(sysconfig.get_config_var("EXT_SUFFIX")))
+    (tmp_path / "bin" / CONFIG).rename(tmp_path / "bin" / f"python3.{sys.version_info.minor}-config")
+    monkeypatch.setattr(sys, "base_prefix", str(tmp_path / "nowhere"))
+    monkeypatch.setattr(sysconfig, "get_path", lambda name: str(tmp_path / "nowhere"))
+    monkeypatch.setenv("PATH", os.pathsep.join([str(tmp_path / "other"), str(tmp_path / "bin")]))
+    compile_for_this_python()
+    first = shutil.which(CONFIG)
+    assert first is not None and dataset_helpers._is_of_this_python(first)
+
+
+@pytest.mark.usefixtures("not_compiled")
+def test_without_this_pythons_one_line_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    _config_of(tmp_path / "other", ".cpython-27-x86_64-linux-gnu.so")
+    monkeypatch.setattr(dataset_helpers, "_own_config", lambda: None)
     monkeypatch.setenv("PATH", str(tmp_path / "other"))
-    with pytest.raises(SettingError, match=f"^{CONFIG}=.*other/{CONFIG}: .* is not that of .*python") as refused:
-        compile_for_this_python()
-    assert "\n" not in str(refused.value)
+    compile_for_this_python()
+    (line,) = [record.getMessage() for record in caplog.records]
+    assert line.startswith(f"{CONFIG}={tmp_path}/other/{CONFIG}: Megatron-LM compiles") and sys.executable in line
     assert os.environ["PATH"] == str(tmp_path / "other")
 
 

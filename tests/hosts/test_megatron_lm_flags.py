@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from alflb_megatron import ALFConfig
-from alflb_megatron.hosts import megatron_lm, one_line
+from alflb_megatron.hosts import enable, megatron_lm
 from alflb_megatron.settings import SettingError
 
 OURS = ["alflb_megatron.hosts.megatron_lm", "block_spec"]
@@ -21,7 +21,7 @@ OURS = ["alflb_megatron.hosts.megatron_lm", "block_spec"]
 def as_it_was(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(sys, "excepthook", sys.__excepthook__)
     yield
-    one_line.disable()
+    enable.disable()
 
 
 @pytest.fixture
@@ -56,19 +56,19 @@ def test_the_given_provider_comes_first() -> None:
 
 
 def test_off_changes_nothing() -> None:
-    before = (sys.excepthook, one_line.MoELayer.__init__)
+    before = (sys.excepthook, enable.MoELayer.__init__)
     megatron_lm.enable_from(parsed())
-    assert before == (sys.excepthook, one_line.MoELayer.__init__)
+    assert before == (sys.excepthook, enable.MoELayer.__init__)
     assert "megatron.training" not in sys.modules
 
 
 def test_the_rule_turns_it_on_once(without_log: None) -> None:
     args = parsed("--alflb-rule", "sign", "--alflb-step-size", "0.01", "--no-alflb-centring")
     megatron_lm.enable_from(args)
-    once = one_line.MoELayer.__init__
+    once = enable.MoELayer.__init__
     megatron_lm.enable_from(args)
-    assert one_line.MoELayer.__init__ is once
-    assert one_line.enable(rule="sign", step_size=0.01, centring=False) == ALFConfig("sign", 0.01, centring=False)
+    assert enable.MoELayer.__init__ is once
+    assert enable.enable(rule="sign", step_size=0.01, centring=False) == ALFConfig("sign", 0.01, centring=False)
 
 
 @pytest.mark.parametrize(

@@ -176,7 +176,7 @@ class Module:
 
 refused(lambda: nemo.ALFLB().setup(None, Module(), "fit"), "num_moe_experts=None")
 
-nemo.accept_arguments_of_nemo()
+nemo.accept_removed_optimizer_arguments()
 refused(lambda: optimizer.get_megatron_optimizer(None, [], lr_mult=2.0), "lr_mult=2.0")
 
 # Every form of a layer spec, and NeMo's MTP layers, which it derives from the same function.

@@ -39,8 +39,9 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 
 
 def _tracked() -> list[str]:
-    listed = _run("git", "ls-files", "--cached", "--others", "--exclude-standard", cwd=ROOT).stdout.splitlines()
-    return [name for name in listed if (ROOT / name).is_file()]
+    listed = _run("git", "ls-files", "--cached", "--others", "--exclude-standard", cwd=ROOT)
+    assert listed.returncode == 0, listed.stderr
+    return [name for name in listed.stdout.splitlines() if (ROOT / name).is_file()]
 
 
 def _expected() -> set[str]:

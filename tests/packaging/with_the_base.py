@@ -23,7 +23,10 @@ from alflb_megatron.hosts import cpu
 def hosts() -> None:
     """Every module of the hosts is imported, or says which host is missing."""
     folder = Path(alflb_megatron.__file__).parent / "hosts"
-    names = sorted(f"alflb_megatron.hosts.{path.stem}" for path in folder.glob("*.py") if path.stem != "__init__")
+    paths = [
+        path.relative_to(folder).with_suffix("") for path in folder.rglob("*.py") if not path.stem.startswith("__")
+    ]
+    names = sorted(".".join(("alflb_megatron.hosts", *path.parts)) for path in paths)
     needs = {"bridge": "megatron.bridge", "nemo": "nemo"}
     for name in names:
         host = needs.get(name.rpartition(".")[2])

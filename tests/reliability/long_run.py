@@ -43,8 +43,8 @@ def updates(count: int, plant: str = "") -> dict[str, Any]:
     from tests.distributed.ranks import model_parallel
 
     with model_parallel():
-        routers = {rule: [_router(rule, layer, plant == "drift") for layer in range(LAYERS)] for rule in RULES}
-        routers = [router for pair in routers.values() for router in pair]
+        by_rule = {rule: [_router(rule, layer, plant == "drift") for layer in range(LAYERS)] for rule in RULES}
+        routers = [router for pair in by_rule.values() for router in pair]
         weights = [router.weight.detach().clone() for router in routers]
         balancer = Balancer(routers, range(1, len(routers) + 1), routers[0].tp_dp_cp_group)
         generator = torch.Generator().manual_seed(dist.get_rank())
@@ -80,7 +80,7 @@ def updates(count: int, plant: str = "") -> dict[str, Any]:
             "disagreements": balancer.disagreements,
             "n": [int(router.alf_n) for router in routers],
             "spread": {
-                rule: float(pair[0].expert_bias.max() - pair[0].expert_bias.min()) for rule, pair in routers.items()
+                rule: float(pair[0].expert_bias.max() - pair[0].expert_bias.min()) for rule, pair in by_rule.items()
             },
             "seconds": time.monotonic() - began,
         }

@@ -11,14 +11,12 @@ from pathlib import Path
 
 from alflb_megatron.hosts.cpu.trainers import prepare_megatron_lm
 from alflb_megatron.hosts.dataset_helpers import compile_for_this_python
-from alflb_megatron.hosts.errors import exit_on_setting_error
 
 if len(sys.argv) < 2 or not Path(sys.argv[1]).is_file():
     sys.exit("usage: torchrun ... -m alflb_megatron.hosts.cpu PATH/TO/pretrain_gpt.py [ARGUMENT...]")
 sys.argv = sys.argv[1:]
 sys.path.insert(0, str(Path(sys.argv[0]).resolve().parent))
 prepare_megatron_lm()
-exit_on_setting_error()
 compile_for_this_python()
 # Not by runpy.run_path: the processes that Megatron-LM spawns to write checkpoints would import the script again,
 # unprepared. As it is they find this module to be the main one, and leave it alone.

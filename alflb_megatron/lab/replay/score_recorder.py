@@ -43,18 +43,18 @@ class ScoreRecorder:
         self.gating, self.rank, self.ranks, self.left = gating, rank, ranks, steps
         self.routers = dict(routers)
         self._seen: dict[int, list[Tensor]] = {layer: [] for layer in self.routers}
-        self._taps = {layer: self._tap(layer) for layer in self.routers}
+        self._hooks = {layer: self._hook(layer) for layer in self.routers}
         for layer, router in self.routers.items():
-            router.score_hooks = (*router.score_hooks, self._taps[layer])
+            router.score_hooks = (*router.score_hooks, self._hooks[layer])
 
-    def _tap(self, layer: int) -> Callable[[Tensor], None]:
-        def tap(scores_TE: Tensor) -> None:
+    def _hook(self, layer: int) -> Callable[[Tensor], None]:
+        def hook(scores_TE: Tensor) -> None:
             self._seen[layer].append(scores_TE.to("cpu", torch.float32, copy=True))
 
-        return tap
+        return hook
 
     def write(self, step: int) -> None:
-        """Writes what the taps saw since the last call as step `step`, all of it or nothing; none once `steps` are."""
+        """Writes what the hooks saw since the last call as step `step`, all of it or nothing; none once `steps` are."""
         if self.left == 0:
             return
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -67,4 +67,4 @@ class ScoreRecorder:
         self.left -= 1
         if self.left == 0:
             for layer, router in self.routers.items():
-                router.score_hooks = tuple(tap for tap in router.score_hooks if tap is not self._taps[layer])
+                router.score_hooks = tuple(hook for hook in router.score_hooks if hook is not self._hooks[layer])

@@ -170,7 +170,7 @@ def setup_model_and_optimizer(plan: Plan) -> ModelSetup:
     for chunk in chunks:
         chunk.broadcast_params()
     config.finalize_model_grads_func = finalize_model_grads
-    balancer = core.watch(chunks) if plan.alf is None else core.balancer_of(chunks)
+    balancer = core.watch_loads(chunks) if plan.alf is None else core.balancer_of(chunks)
     core.install(config)
     optimizer = get_megatron_optimizer(optimizer_config(job), chunks)
     config.grad_scale_func = optimizer.scale_loss

@@ -53,10 +53,10 @@ class CertificateSampler:
         self._sample: dict[int, list[Tensor]] = {}
         self._bias: dict[int, Tensor] = {}
         for layer, router in self.routers.items():
-            router.score_hooks = (*router.score_hooks, self._tap(layer, router))
+            router.score_hooks = (*router.score_hooks, self._hook(layer, router))
 
-    def _tap(self, layer: int, router: Any) -> Callable[[Tensor], None]:
-        def tap(scores_TE: Tensor) -> None:
+    def _hook(self, layer: int, router: Any) -> Callable[[Tensor], None]:
+        def hook(scores_TE: Tensor) -> None:
             parts = self._sample.get(layer)
             if parts is None or (left := SAMPLE - sum(map(len, parts))) <= 0:
                 return
@@ -64,7 +64,7 @@ class CertificateSampler:
                 self._bias[layer] = router.expert_bias.detach().to("cpu", copy=True)
             parts.append(scores_TE[:left].to("cpu", torch.float32, copy=True))
 
-        return tap
+        return hook
 
     def begin_step(self, step: int) -> None:
         """Takes samples of this step if it is one of those to be certified."""

@@ -169,7 +169,7 @@ def _check_certify(plan: Plan) -> None:
     try:
         import scipy  # noqa: F401
     except ImportError:
-        raise SettingError("--certify", job.certify, "needs SciPy (pip install scipy)") from None
+        raise SettingError("--certify", job.certify, "needs SciPy (pip install 'alflb_megatron[lab]')") from None
 
 
 def _check_bias(plan: Plan) -> None:
