@@ -17,8 +17,9 @@ LAUNCH = .venv-launch
 LATEST = .venv-latest
 PIP = -m pip install --quiet --disable-pip-version-check
 ARGS ?=
-# What may differ with the version of Megatron-Core, torch's build or Python; the theory's claims know none of them.
-ON_LATEST = tests/test_routing.py tests/test_margins.py tests/test_loads.py tests/test_alarms.py tests/rules tests/hosts tests/distributed
+# What may differ with the version of Megatron-Core, SciPy or Python, or with torch's build.
+ON_LATEST = tests/test_routing.py tests/test_margins.py tests/test_loads.py tests/test_alarms.py tests/rules \
+	tests/lab/theory tests/lab/checkpoints tests/hosts tests/distributed
 
 .PHONY: demo test reliability test-hosts test-latest check docs site setup hosts launch latest clean distclean
 .DELETE_ON_ERROR:
@@ -63,7 +64,7 @@ hosts: $(HOSTS)/ready
 launch: $(LAUNCH)/ready
 latest: $(LATEST)/ready
 
-$(VENV)/ready: pyproject.toml
+$(VENV)/ready: pyproject.toml alflb_megatron/__init__.py
 	$(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/python $(PIP) '$(TORCH)'
 	$(VENV)/bin/python $(PIP) --editable '.[dev]'

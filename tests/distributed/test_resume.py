@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import json
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 
@@ -36,7 +39,7 @@ def _run(*words: str) -> None:
 
 
 def _run_and_kill(folder: Path, after_step: int, *words: str) -> None:
-    """Kills every process of the run, as a power cut would, once it has written the record of `after_step`."""
+    """Kills every rank of the run, as a power cut would, once it has written the record of `after_step`."""
     running = forked.Command(words, nproc=2)
     deadline = time.monotonic() + 300
     while not (folder / "metrics.jsonl").exists() or len(_metrics(folder)) < after_step:
@@ -45,6 +48,22 @@ def _run_and_kill(folder: Path, after_step: int, *words: str) -> None:
         time.sleep(0.01)
     running.kill()
     assert running.finish().returncode == -signal.SIGKILL
+    assert len(_metrics(folder)) < STEPS, "the run ended before it could be killed"
+
+
+def _launch_and_kill(folder: Path, after_step: int, *words: str) -> None:
+    """The same to a run that `alflb train` has launched: launcher and ranks."""
+    command = [sys.executable, "-m", "alflb_megatron.lab.cli", *words]
+    process = subprocess.Popen(command, stderr=subprocess.DEVNULL, start_new_session=True)
+    deadline = time.monotonic() + 300
+    while not (folder / "metrics.jsonl").exists() or len(_metrics(folder)) < after_step:
+        assert process.poll() is None, "the run ended before it could be killed"
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    ranks_ = psutil.Process(process.pid).children(recursive=True)
+    for one in [psutil.Process(process.pid), *ranks_]:
+        one.kill()
+    process.wait()
     assert len(_metrics(folder)) < STEPS, "the run ended before it could be killed"
 
 
@@ -60,7 +79,8 @@ def interrupted(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPat
     """A run that went through, and one that was killed after its first checkpoint."""
     whole, killed = tmp_path_factory.mktemp("whole") / "run", tmp_path_factory.mktemp("killed") / "run"
     _run(*_words(whole, *request.param))
-    _run_and_kill(killed, EVERY + 2, *_words(killed, *request.param))
+    kill = _launch_and_kill if request.param == ["--ep", "2"] else _run_and_kill
+    kill(killed, EVERY + 2, *_words(killed, *request.param))
     return whole, killed
 
 

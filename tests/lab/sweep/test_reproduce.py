@@ -440,10 +440,10 @@ def test_curves_are_means_over_equal_stretches() -> None:
 
 
 def test_smoke_of_the_paper_runs_from_end_to_end(tmp_path: Path) -> None:
-    """Every run of it is trained; as forks, for that a sweep starts processes is tested above."""
+    """Every run of it is trained: the first two at once by the sweep itself, the others as forks."""
     out = tmp_path / "out"
     sweep = plan_file.read_plan(plan_file.find_plan("wang2024"), "smoke", {"save": False})
-    for run in sweep.runs:
+    for run in sweep.runs[2:]:
         done = forked.alflb("train", *run.flags(out / run.name, resume=False))
         assert done.returncode == 0, done.stderr[-2000:]
     with execute.lock_folder(out) as lock:
