@@ -108,7 +108,7 @@ def watching() -> str:
     from alflb_megatron.hosts import log
 
     rows = ["| key | | meaning |", "|---|---|---|"]
-    rows += [f"| `{k}` | {'line' if k in log.IN_THE_LINE else ''} | {text} |" for k, text in log.MEANINGS.items()]
+    rows += [f"| `{k}` | {'line' if k in log.LOG_LINE_KEYS else ''} | {text} |" for k, text in log.DESCRIPTIONS.items()]
     text = (HERE / "watching.md").read_text(encoding="utf-8")
     between = "<!-- keys -->\n" + "\n".join(rows) + "\n<!-- /keys -->"
     return re.sub(r"<!-- keys -->.*<!-- /keys -->", lambda _: between, text, flags=re.S)

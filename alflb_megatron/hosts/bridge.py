@@ -38,7 +38,7 @@ from megatron.core import parallel_state
 
 from alflb_megatron.hosts.core import watch_loads, with_alflb
 from alflb_megatron.hosts.enable import update_everywhere
-from alflb_megatron.hosts.log import figures, log_line, other_figures
+from alflb_megatron.hosts.log import balance_metrics, log_line, writer_metrics
 from alflb_megatron.router_state import STATE_PREFIX
 
 Provider = TypeVar("Provider")
@@ -153,13 +153,13 @@ class ALFLBCallback(Callback):
 
     def on_train_step_end(self, context: CallbackContext) -> None:
         """Before Bridge logs the step, which it does from the same dictionary."""
-        shown = figures(context.model, parallel_state.get_pipeline_model_parallel_group())
+        shown = balance_metrics(context.model, parallel_state.get_pipeline_model_parallel_group())
         if context.loss_dict is not None:
             context.loss_dict.update(log_line(shown))
         state = context.state
         step, every = state.train_state.step + 1, state.cfg.logger.tensorboard_log_interval  # it counts later
         if shown and every and step % every == 0:
-            self._write(state, other_figures(shown), step)
+            self._write(state, writer_metrics(shown), step)
 
     @staticmethod
     def _write(state: Any, shown: dict[str, float], step: int) -> None:

@@ -1,6 +1,6 @@
 """What every host's logger shows of the last global batch.
 
-`log_line` has the few figures that go into a log line of text, `figures` all of them, for TensorBoard and W&B. Both are
+`log_line` has the few that go into a log line of text, `balance_metrics` all of them, for TensorBoard and W&B. Both are
 over the MoE layers of all pipeline stages, by one small all-reduce.
 """
 
@@ -17,10 +17,10 @@ from alflb_megatron import metrics
 from alflb_megatron.balancer import Balancer
 from alflb_megatron.hosts.core import balancer_of
 
-IN_THE_LINE = ("MaxVio", "MaxVio worst layer", "load max", "load min", "expert bias spread")
+LOG_LINE_KEYS = ("MaxVio", "MaxVio worst layer", "load max", "load min", "expert bias spread")
 """Figures that a trainer's log line of text has room for."""
 
-MEANINGS = {
+DESCRIPTIONS = {
     "MaxVio": "mean over layers of (largest load - mean load) / mean load (Wang et al. 2024, eq. 4)",
     "MaxVio p50": "its median over layers",
     "MaxVio p90": "its ninth decile over layers",
@@ -111,8 +111,8 @@ def _config_of(model: Sequence[nn.Module]) -> Any:
     raise TypeError(f"{type(model[0]).__name__} holds no module of Megatron-Core's")
 
 
-def figures(model: Sequence[nn.Module], pipeline: dist.ProcessGroup | None = None) -> dict[str, Tensor]:
-    """All of `MEANINGS` that there are, float32 scalars on the device; empty before the first update.
+def balance_metrics(model: Sequence[nn.Module], pipeline: dist.ProcessGroup | None = None) -> dict[str, Tensor]:
+    """All of `DESCRIPTIONS` that there are, float32 scalars on the device; empty before the first update.
 
     With `--alflb-log-layers` also `MaxVio layer N` and `expert bias spread layer N`. Every rank of `pipeline`, the
     pipeline-parallel group, has to call it.
@@ -158,10 +158,10 @@ def figures(model: Sequence[nn.Module], pipeline: dist.ProcessGroup | None = Non
 
 
 def log_line(shown: dict[str, Tensor]) -> dict[str, Tensor]:
-    """What of `figures` a trainer's log line of text has room for."""
-    return {name: shown[name] for name in IN_THE_LINE if name in shown}
+    """What of `balance_metrics` a trainer's log line of text has room for."""
+    return {name: shown[name] for name in LOG_LINE_KEYS if name in shown}
 
 
-def other_figures(shown: dict[str, Tensor]) -> dict[str, float]:
+def writer_metrics(shown: dict[str, Tensor]) -> dict[str, float]:
     """The others, as numbers, under `alflb/...`; reading them waits for the device."""
-    return {f"alflb/{name}": float(value) for name, value in shown.items() if name not in IN_THE_LINE}
+    return {f"alflb/{name}": float(value) for name, value in shown.items() if name not in LOG_LINE_KEYS}

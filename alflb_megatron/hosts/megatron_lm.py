@@ -29,7 +29,7 @@ from alflb_megatron.config import PREFIX, ALFConfig
 from alflb_megatron.hosts import core, enable
 from alflb_megatron.hosts.dataset_helpers import compile_for_this_python
 from alflb_megatron.hosts.errors import exit_on_setting_error
-from alflb_megatron.hosts.log import figures, log_line, other_figures
+from alflb_megatron.hosts.log import balance_metrics, log_line, writer_metrics
 from alflb_megatron.settings import SettingError, add_flags, flag_of, given_environment, given_flags, knobs
 
 logger = logging.getLogger(__name__)
@@ -212,10 +212,10 @@ def show_loads() -> None:
 
     @functools.wraps(plain_log)
     def training_log(loss_dict: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-        shown = figures(trained, parallel_state.get_pipeline_model_parallel_group()) if trained else {}
+        shown = balance_metrics(trained, parallel_state.get_pipeline_model_parallel_group()) if trained else {}
         iteration = signature.bind(loss_dict, *args, **kwargs).arguments["iteration"]
         if shown and iteration % training.get_args().tensorboard_log_interval == 0:
-            _write(training, other_figures(shown), iteration)
+            _write(training, writer_metrics(shown), iteration)
         return plain_log({**loss_dict, **log_line(shown)}, *args, **kwargs)
 
     for wrapper in (train, training_log):

@@ -46,7 +46,7 @@ except RuntimeError as error:
 import lightning.pytorch as pl  # noqa: E402
 
 from alflb_megatron.hosts import core, enable  # noqa: E402
-from alflb_megatron.hosts.log import figures  # noqa: E402
+from alflb_megatron.hosts.log import balance_metrics  # noqa: E402
 from alflb_megatron.router import ALFRouter  # noqa: E402
 
 
@@ -169,7 +169,7 @@ class ALFLB(pl.Callback):
         """Logs the loads of the global batch; NeMo's batch is a global one."""
         parallel_state = importlib.import_module("megatron.core.parallel_state")
         chunks = list(trainer.strategy.megatron_parallel)
-        for name, value in figures(chunks, parallel_state.get_pipeline_model_parallel_group()).items():
+        for name, value in balance_metrics(chunks, parallel_state.get_pipeline_model_parallel_group()).items():
             pl_module.log(f"alflb/{name}", value, prog_bar=name == "MaxVio", batch_size=1)
 
 

@@ -277,7 +277,7 @@ def _shown() -> tuple[dict[str, float], dict[int, list[int]], dict[int, list[flo
             before = {s: router.expert_bias.clone() for s, router in enumerate(runner.setup.balancer.routers)}
             runner.step(step)
         last = runner.setup.balancer.last
-        shown = log.figures(runner.setup.chunks, parallel_state.get_pipeline_model_parallel_group())
+        shown = log.balance_metrics(runner.setup.chunks, parallel_state.get_pipeline_model_parallel_group())
         drift = {
             layer: [float((bias - before[index]).abs().max()), float(last.curvature[index])]
             for index, (layer, bias) in enumerate(zip(last.layers, last.bias, strict=True))
@@ -287,7 +287,7 @@ def _shown() -> tuple[dict[str, float], dict[int, list[int]], dict[int, list[flo
 
 
 def test_the_logger_shows_the_layers_of_all_stages_on_every_rank() -> None:
-    from alflb_megatron.hosts.log import MEANINGS
+    from alflb_megatron.hosts.log import DESCRIPTIONS
 
     (shown, here, drift_here), (other, there, drift_there) = ranks.run(2, _shown)
     assert shown == other
@@ -306,5 +306,5 @@ def test_the_logger_shows_the_layers_of_all_stages_on_every_rank() -> None:
     assert {f"MaxVio layer {layer}": shown[f"MaxVio layer {layer}"] for layer in vio} == pytest.approx(
         {f"MaxVio layer {layer}": value for layer, value in vio.items()}, rel=1e-5
     )
-    assert set(MEANINGS) == {name for name in shown if " layer " not in f"{name} " or name.endswith("worst layer")}
-    assert len(MEANINGS) <= 24
+    assert set(DESCRIPTIONS) == {name for name in shown if " layer " not in f"{name} " or name.endswith("worst layer")}
+    assert len(DESCRIPTIONS) <= 24

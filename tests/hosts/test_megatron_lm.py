@@ -207,7 +207,7 @@ def test_loads_stand_in_the_log_line_and_in_tensorboard(trained: Trained, nproc:
     events.Reload()
     written = [f"{event.value:.6E}" for event in events.Scalars("MaxVio")]
     assert written[:1] + written[2:] == printed
-    keys = {name if name in log.IN_THE_LINE else f"alflb/{name}" for name in log.MEANINGS}
+    keys = {name if name in log.LOG_LINE_KEYS else f"alflb/{name}" for name in log.DESCRIPTIONS}
     assert keys <= set(events.Tags()["scalars"])
     assert len(keys) <= 24
     # 8 sequences of 64 tokens with 2 experts each over 8 experts.

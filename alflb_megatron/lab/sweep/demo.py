@@ -164,20 +164,3 @@ def run(flags: argparse.Namespace, arguments: Sequence[str] = ()) -> int:
         print(f"alflb demo: {error}", file=sys.stderr)
         return 1
     return 0
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """`python -m alflb_megatron.lab.sweep.demo`: the exit codes are those of `alflb`."""
-    parser = argparse.ArgumentParser(prog="alflb demo", description=(__doc__ or "").split("\n")[0], allow_abbrev=False)
-    add_arguments(parser)
-    try:
-        return run(parser.parse_args(arguments))
-    except SettingError as error:
-        print(f"alflb demo: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        return 130
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -9,9 +9,10 @@ import sys
 
 import pytest
 
+from alflb_megatron.lab.cli import main
 from alflb_megatron.lab.records.files import write_json
 from alflb_megatron.lab.records.run_folder import RunFolder, is_run_folder
-from alflb_megatron.lab.sweep.demo import COLUMNS, demo, failure_text, format_table, main
+from alflb_megatron.lab.sweep.demo import COLUMNS, demo, failure_text, format_table
 from alflb_megatron.lab.sweep.processes import last_lines, run_streaming
 from alflb_megatron.settings import SettingError
 
@@ -131,7 +132,7 @@ def test_last_lines_skip_empty_ones_and_show_a_bar_as_it_was_last():
 def test_a_training_that_fails_is_named_with_its_last_lines_and_exit_code_1(tmp_path, capfd, monkeypatch):
     monkeypatch.setenv("RANK", "0")  # `alflb train` takes itself for one of three ranks, and refuses --nproc 2
     monkeypatch.setenv("WORLD_SIZE", "3")
-    assert main(["--rules", "builtin", "--steps", "2", "--out", str(tmp_path / "demo")]) == 1
+    assert main(["demo", "--rules", "builtin", "--steps", "2", "--out", str(tmp_path / "demo")]) == 1
     error = capfd.readouterr().err
     assert "alflb demo: training with rule builtin failed (exit code 2); the last lines of its output:\n" in error
     assert error.splitlines()[-1].startswith("    ") and "--nproc=2: must be left out" in error.splitlines()[-1]
@@ -172,9 +173,9 @@ def test_an_interrupt_ends_the_process_too(tmp_path):
     ],
 )
 def test_a_bad_flag_is_one_line_and_exit_code_2(tmp_path, capsys, arguments, message):
-    assert main(["--out", str(tmp_path / "demo"), *arguments]) == 2
+    assert main(["demo", "--out", str(tmp_path / "demo"), *arguments]) == 2
     error = capsys.readouterr().err
-    assert error.startswith(f"alflb demo: {message}") and error.count("\n") == 1
+    assert error.startswith(f"alflb: {message}") and error.count("\n") == 1
     assert not (tmp_path / "demo").exists()
 
 
@@ -210,7 +211,7 @@ def test_a_demo_trains_compares_and_can_be_repeated(tmp_path, capfd, monkeypatch
     """Real trainings, of a few steps, on one rank."""
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     out = tmp_path / "demo"
-    assert main(["--steps", "3", "--nproc", "1", "--rules", "none", "sign", "--out", str(out)]) == 0
+    assert main(["demo", "--steps", "3", "--nproc", "1", "--rules", "none", "sign", "--out", str(out)]) == 0
     captured = capfd.readouterr()
     assert "[2/2] training with rule sign" in captured.err and captured.err.count("step 3/3  loss ") == 2
     table, _, where = captured.out.strip().split("\n\n")
@@ -222,6 +223,8 @@ def test_a_demo_trains_compares_and_can_be_repeated(tmp_path, capfd, monkeypatch
     for rule in record["rules"]:
         assert record["runs"][rule] == json.loads((out / rule / "summary.json").read_text())
         assert record["runs"][rule]["rule"] == rule and record["runs"][rule]["steps"] == 3
-    assert main(["--steps", "2", "--nproc", "1", "--rules", "none", "--out", str(out)]) == 0, "over the earlier demo"
+    assert main(["demo", "--steps", "2", "--nproc", "1", "--rules", "none", "--out", str(out)]) == 0, (
+        "over the earlier demo"
+    )
     assert json.loads((out / "none" / "summary.json").read_text())["steps"] == 2
     assert is_run_folder(out / "sign"), "a run that was not asked for stays"
