@@ -124,6 +124,10 @@ class LoadCounter(nn.Module):
                 mine -= gone
         self.passes = 0
 
+    def reset_parameters(self) -> None:
+        """Counts begin at zero: what frameworks call on each module that they have given memory (`to_empty`)."""
+        self.reset()
+
     def reset(self) -> None:
         for mine in self.local():
             if mine is not None:

@@ -199,6 +199,8 @@ def check_router_config(config: TransformerConfig, alf: ALFConfig) -> None:
         raise SettingError(
             "--moe-router-topk", config.moe_router_topk, f"must be at most the {config.num_moe_experts} experts"
         )
+    if config.moe_router_num_groups and config.moe_router_group_topk:
+        _check_groups(config)
     if config.moe_router_fusion and config.moe_router_score_function != "sigmoid":
         raise SettingError(
             "--moe-router-fusion",
@@ -211,4 +213,23 @@ def check_router_config(config: TransformerConfig, alf: ALFConfig) -> None:
             "--alflb-score-unit",
             alf.score_unit,
             "must be score with --moe-router-fusion, which adds the bias to scores",
+        )
+
+
+def _check_groups(config: TransformerConfig) -> None:
+    """Whether the groups that are chosen have K experts to give; Megatron-Core checks that groups divide the experts."""
+    flag, topk, experts = "--moe-router-group-topk", config.moe_router_topk, config.num_moe_experts
+    groups, chosen = config.moe_router_num_groups, config.moe_router_group_topk
+    if topk < chosen:
+        raise SettingError(
+            flag,
+            chosen,
+            f"must be at most --moe-router-topk, {topk}: a group's worth is that of its "
+            "topk / group_topk best experts, which would be none",
+        )
+    if topk > chosen * (experts // groups):
+        raise SettingError(
+            flag,
+            chosen,
+            f"gives a token {chosen} groups of {experts // groups} experts, fewer than --moe-router-topk {topk}",
         )

@@ -51,8 +51,22 @@ class ExpertBiasRouter(TopKRouter):
             self._new_buffer(STATE_PREFIX + name, row.to(device))
 
     def _first_state(self) -> State:
-        """The rule's state before the first update: this layer's row of each."""
-        return {name: rows[0] for name, rows in self.alf.rule_knobs.init(layers=1, experts=self.num_experts).items()}
+        """The rule's state before the first update, on the CPU: this layer's row of each."""
+        with torch.device("cpu"):  # a model may be under construction on another default device, the meta device too
+            rows = self.alf.rule_knobs.init(layers=1, experts=self.num_experts)
+        return {name: row[0] for name, row in rows.items()}
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Gate weights as Megatron-Core begins them; bias 0, n 0 and rule state at its beginning, in place.
+
+        Whoever builds a model on the meta device calls it once the tensors have memory (Megatron-FSDP after
+        `to_empty`), module by module: the counts are their own module's, `loads.LoadCounter`.
+        """
+        super().reset_parameters()
+        if "alf_rule" in self._buffers:  # the parent's constructor comes here before there are any
+            self.start_from(torch.zeros_like(self.expert_bias))
+            self.alf_rule.fill_(rule_id(self.alf.rule))
 
     def _new_buffer(self, name: str, value: Tensor) -> None:
         if hasattr(self, name):  # the parent leaves `expert_bias = None` where its own bias is off

@@ -1,0 +1,120 @@
+"""What frameworks do to modules leaves a router right: the meta device, `reset_parameters`, copies, casts."""
+
+from __future__ import annotations
+
+import pickle
+from typing import Any
+
+import pytest
+import torch
+
+from alflb_megatron import rules
+from tests.distributed import ranks
+from tests.distributed.test_router import _balancer, _hidden, _refused, _router
+
+FACTORIES = ("device_literals", "tensor_type", "streams", "splits", "uneven_shards")
+"""Left out here: with torch's factories replaced a router might be built where it would not be without."""
+
+
+def _state_of(router: Any) -> dict[str, list[Any]]:
+    names = ("expert_bias", "alf_n", "alf_rule", *(f"alf_{name}" for name in router._state_names))
+    return {name: getattr(router, name).tolist() for name in names}
+
+
+def _materialised(rule: str) -> dict[str, Any]:
+    """A router built on the meta device and given memory as Megatron-FSDP does, module by module; one built plainly."""
+    with ranks.model_parallel():
+        plain = _router({"rule": rule})
+        with torch.device("meta"):
+            router = _router({"rule": rule})
+        on_meta = router.weight.is_meta
+        for module in router.modules():
+            module.to_empty(device="cpu", recurse=False)
+            for tensor in module.buffers(recurse=False):
+                tensor.fill_(77)  # as memory that was somebody else's
+            module.reset_parameters()
+        counts = [part.abs().sum().item() for part in router.load_counter.local() if part is not None]
+        moved = _moved(router)
+        return {
+            "on meta": on_meta,
+            "state": _state_of_fresh(router, moved),
+            "plain": _state_of(plain),
+            "counts": counts,
+        }
+
+
+def _state_of_fresh(router: Any, moved: bool) -> dict[str, list[Any]]:
+    assert moved, "it balances"
+    router.reset_parameters()
+    return _state_of(router)
+
+
+def _moved(router: Any) -> bool:
+    """Whether a global batch moves its bias by what was counted in that batch alone."""
+    balancer = _balancer(router)
+    router(_hidden())
+    balancer.launch()
+    record = balancer.commit()
+    return int(record.loads[0].sum()) == 2 * 128 and bool(router.expert_bias.any()) and int(router.alf_n) == 1
+
+
+@pytest.mark.parametrize("rule", rules.names())
+def test_built_on_the_meta_device_and_materialised_it_is_as_if_built_plainly(rule: str) -> None:
+    (found,) = ranks.run(1, _materialised, rule, without=FACTORIES)
+    assert found["on meta"]
+    assert found["counts"] == [0] * len(found["counts"])
+    assert found["state"] == found["plain"]
+
+
+def _copied() -> dict[str, bool]:
+    """A router in the middle of its life, by state_dict, by a pickle of it, and moved and cast; each goes on alike."""
+    with ranks.model_parallel():
+        router = _router({"rule": "adaptive"})
+        assert _moved(router)
+        state = _state_of(router)
+        by_state, by_pickle = _router({"rule": "adaptive"}), _router({"rule": "adaptive"})
+        by_state.load_state_dict(router.state_dict())
+        by_pickle.load_state_dict(pickle.loads(pickle.dumps(router.state_dict())))
+        router.to("cpu").float()
+        others = {"state_dict": by_state, "pickle": by_pickle, "to": router}
+        same = {name: _state_of(other) == state for name, other in others.items()}
+        with torch.no_grad():
+            by_state.weight.copy_(router.weight)
+        for other in (by_state, router):
+            balancer = _balancer(other)
+            other(_hidden(3))
+            balancer.launch()
+            balancer.commit()
+        return {**same, "goes on": _state_of(by_state) == _state_of(router) != state}
+
+
+def test_a_copy_goes_on_where_it_was() -> None:
+    (found,) = ranks.run(1, _copied)
+    assert found == {"state_dict": True, "pickle": True, "to": True, "goes on": True}
+
+
+GROUPS = {
+    "more groups than experts a token": (
+        {"group_topk": 4, "num_groups": 8},
+        "--moe-router-group-topk=4: must be at most",
+    ),
+    "groups too small": (
+        {"group_topk": 1, "num_groups": 8},
+        "--moe-router-group-topk=1: gives a token 1 groups of 1 experts",
+    ),
+    "groups that serve": ({"group_topk": 2, "num_groups": 4}, ""),
+}
+
+
+def _grouped() -> dict[str, str]:
+    with ranks.model_parallel():
+        return {
+            name: _refused(**{f"moe_router_{key}": value for key, value in config.items()})
+            for name, (config, _) in GROUPS.items()
+        }
+
+
+def test_groups_that_cannot_serve_are_refused_by_name_before_training() -> None:
+    (found,) = ranks.run(1, _grouped)
+    for name, (_, said) in GROUPS.items():
+        assert found[name].startswith(said) and bool(found[name]) == bool(said), (name, found[name])
