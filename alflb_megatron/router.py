@@ -217,7 +217,7 @@ def check_router_config(config: TransformerConfig, alf: ALFConfig) -> None:
 
 
 def _check_groups(config: TransformerConfig) -> None:
-    """Whether the groups that are chosen have K experts to give; Megatron-Core checks that groups divide the experts."""
+    """Whether the groups that are chosen have K experts to give; that they divide the experts, Megatron-Core checks."""
     flag, topk, experts = "--moe-router-group-topk", config.moe_router_topk, config.num_moe_experts
     groups, chosen = config.moe_router_num_groups, config.moe_router_group_topk
     if topk < chosen:
