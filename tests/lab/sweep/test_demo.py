@@ -151,7 +151,8 @@ def test_a_training_ended_by_a_signal_is_told_apart(tmp_path):
 def test_an_interrupt_ends_the_process_too(tmp_path):
     inner = "import os, sys, time; print(os.getpid(), file=sys.stderr, flush=True); time.sleep(60)"
     outer = (
-        "import sys; from pathlib import Path; from alflb_megatron.lab.sweep.processes import run_streaming;"
+        "import signal, sys; from pathlib import Path; from alflb_megatron.lab.sweep.processes import run_streaming;"
+        "signal.signal(signal.SIGINT, signal.default_int_handler);"  # a job in the background is started without
         f"run_streaming([sys.executable, '-c', {inner!r}], Path({str(tmp_path / 'log')!r}))"
     )
     process = subprocess.Popen(python(outer), stderr=subprocess.PIPE, text=True)
