@@ -169,6 +169,7 @@ def train(job: dict[str, Any]) -> None:
             "alflb_megatron",
             "alflb_megatron.hosts",
             "alflb_megatron.hosts.cpu",
+            "alflb_megatron.hosts.cpu.substitutions",
             "alflb_megatron.hosts.cpu.trainers",
         }
         assert set(ours) == allowed, ours
