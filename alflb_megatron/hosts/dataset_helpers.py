@@ -30,10 +30,7 @@ def compile_for_this_python() -> None:
     """
     if importlib.util.find_spec(MODULE) is not None:
         return
-    found = shutil.which(CONFIG)
-    if found is not None and _is_of_this_python(found):
-        return
-    own = _own_config()
+    found, own = shutil.which(CONFIG), _own_config()
     if own is None:
         logger.warning(
             "%s=%s: Megatron-LM compiles its dataset helpers with it, and it is not that of %s; install this Python's "
@@ -42,6 +39,10 @@ def compile_for_this_python() -> None:
             found,
             sys.executable,
         )
+        return
+    # What the first on the PATH answers here says nothing: pyenv's answers by the folder that it is called in, and a
+    # checkout of Megatron-LM names a Python of its own in a file.
+    if found is not None and Path(found).resolve() == own.resolve():
         return
     folder = Path(tempfile.mkdtemp(prefix="python3-config-"))
     (folder / CONFIG).symlink_to(own)
