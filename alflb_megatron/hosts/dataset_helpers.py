@@ -20,15 +20,17 @@ from pathlib import Path
 logger = logging.getLogger(__name__)
 
 CONFIG = "python3-config"
-MODULE = "megatron.core.datasets.helpers_cpp"
+PACKAGE = "megatron.core.datasets"
 
 
 def compile_for_this_python() -> None:
-    """Sees to it that `python3-config` on the PATH is this Python's; changes nothing where the helpers are there.
+    """Sees to it that `python3-config` on the PATH is this Python's; changes nothing where a wheel brings the helpers.
 
     Where this Python's is not found one line says so, for the run may do without the helpers.
     """
-    if importlib.util.find_spec(MODULE) is not None:
+    found_spec = importlib.util.find_spec(PACKAGE)
+    folders = [] if found_spec is None else found_spec.submodule_search_locations or []
+    if not any(Path(folder, "Makefile").is_file() for folder in folders):  # a wheel has none
         return
     found, own = shutil.which(CONFIG), _own_config()
     if own is None:

@@ -15,9 +15,14 @@ from alflb_megatron.hosts.dataset_helpers import CONFIG, compile_for_this_python
 
 
 @pytest.fixture
-def not_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As in a fresh checkout; the wheel of Megatron-Core brings the helpers compiled."""
-    monkeypatch.setattr(dataset_helpers, "MODULE", "megatron.core.datasets.helpers_that_are_not_there")
+def in_a_checkout(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A package with a Makefile beside it, as in a checkout; the wheel of Megatron-Core has none."""
+    package = tmp_path / "as_in_a_checkout"
+    package.mkdir()
+    (package / "__init__.py").touch()
+    (package / "Makefile").touch()
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setattr(dataset_helpers, "PACKAGE", "as_in_a_checkout")
 
 
 def _config_of(folder: Path, suffix: str) -> None:
@@ -26,7 +31,7 @@ def _config_of(folder: Path, suffix: str) -> None:
     (folder / CONFIG).chmod(0o755)
 
 
-@pytest.mark.usefixtures("not_compiled")
+@pytest.mark.usefixtures("in_a_checkout")
 def test_another_pythons_config_gives_way_to_this_ones(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     _config_of(tmp_path / "other", ".cpython-27-x86_64-linux-gnu.so")
     _config_of(tmp_path / "bin", str(sysconfig.get_config_var("EXT_SUFFIX")))
@@ -40,7 +45,7 @@ def test_another_pythons_config_gives_way_to_this_ones(tmp_path: Path, monkeypat
     assert os.environ["PATH"] == path, "the second rank of a process, or a second call, changes nothing"
 
 
-@pytest.mark.usefixtures("not_compiled")
+@pytest.mark.usefixtures("in_a_checkout")
 def test_this_pythons_under_its_name_with_the_version_serves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     _config_of(tmp_path / "other", ".cpython-27-x86_64-linux-gnu.so")
     _config_of(tmp_path / "bin", str(sysconfig.get_config_var("EXT_SUFFIX")))
@@ -53,7 +58,7 @@ def test_this_pythons_under_its_name_with_the_version_serves(tmp_path: Path, mon
     assert first is not None and dataset_helpers._is_of_this_python(first)
 
 
-@pytest.mark.usefixtures("not_compiled")
+@pytest.mark.usefixtures("in_a_checkout")
 def test_without_this_pythons_one_line_says_so(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -66,7 +71,7 @@ def test_without_this_pythons_one_line_says_so(
     assert os.environ["PATH"] == str(tmp_path / "other")
 
 
-def test_where_the_helpers_are_there_nothing_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_wheel_has_them_compiled_and_nothing_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     compile_for_this_python()
     assert os.environ["PATH"] == str(tmp_path)
