@@ -38,14 +38,19 @@ def _run(*words: str) -> None:
     assert done.returncode == 0, done.stderr[-2000:]
 
 
+def _until(run: Any, folder: Path, step: int) -> None:
+    """Waits until the run (it has `poll`) has written the record of `step`."""
+    deadline = time.monotonic() + 300
+    while not (folder / "metrics.jsonl").exists() or len(_metrics(folder)) < step:
+        assert run.poll() is None, "the run ended before it could be killed"
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
 def _run_and_kill(folder: Path, after_step: int, *words: str) -> None:
     """Kills every rank of the run, as a power cut would, once it has written the record of `after_step`."""
     running = forked.Command(words, nproc=2)
-    deadline = time.monotonic() + 300
-    while not (folder / "metrics.jsonl").exists() or len(_metrics(folder)) < after_step:
-        assert running.poll() is None, "the run ended before it could be killed"
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
+    _until(running, folder, after_step)
     running.kill()
     assert running.finish().returncode == -signal.SIGKILL
     assert len(_metrics(folder)) < STEPS, "the run ended before it could be killed"
@@ -55,11 +60,7 @@ def _launch_and_kill(folder: Path, after_step: int, *words: str) -> None:
     """The same to a run that `alflb train` has launched: launcher and ranks."""
     command = [sys.executable, "-m", "alflb_megatron.lab.cli", *words]
     process = subprocess.Popen(command, stderr=subprocess.DEVNULL, start_new_session=True)
-    deadline = time.monotonic() + 300
-    while not (folder / "metrics.jsonl").exists() or len(_metrics(folder)) < after_step:
-        assert process.poll() is None, "the run ended before it could be killed"
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
+    _until(process, folder, after_step)
     ranks_ = psutil.Process(process.pid).children(recursive=True)
     for one in [psutil.Process(process.pid), *ranks_]:
         one.kill()

@@ -10,7 +10,6 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from alflb_megatron.lab.data.errors import one_line as one_line  # by this name also where checkpoints are read
 from alflb_megatron.settings import SettingError
 
 VALIDATION_SHARE = 0.05
