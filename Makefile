@@ -52,7 +52,7 @@ site: $(VENV)/ready
 test-hosts: $(HOSTS)/ready $(LAUNCH)/ready
 	ALFLB_TESTS_PRELOAD=tests.preloaded_bridge $(HOSTS)/bin/python -m pytest tests/hosts/test_bridge.py $(ARGS)
 	ALFLB_TESTS_PRELOAD=tests.preloaded_nemo $(HOSTS)/bin/python -m pytest tests/hosts/test_nemo.py $(ARGS)
-	$(HOSTS)/bin/python -m pytest tests/hosts/test_huggingface.py tests/recipes $(ARGS)
+	$(HOSTS)/bin/python -m pytest tests/hosts/test_huggingface.py tests/recipes tests/distributed/test_identity.py $(ARGS)
 	$(LAUNCH)/bin/python -m pytest tests/recipes -k skypilot $(ARGS)
 
 test-latest: $(LATEST)/ready

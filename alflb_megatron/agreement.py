@@ -89,8 +89,8 @@ def broadcast_from(tensors: Iterable[Tensor], source: int, group: dist.ProcessGr
         dist.broadcast(tensor, src=source if group is None else dist.get_global_rank(group, source), **options)
 
 
-def describe(found: Disagreement, layers: Sequence[int], group: dist.ProcessGroup | None) -> str:
-    """In words: which layers (`layers`: their numbers, by index) and which ranks of the whole job differ."""
+def describe(found: Disagreement, labels: Sequence[str], group: dist.ProcessGroup | None) -> str:
+    """In words: which layers (`labels`: what they are called, by index) and which ranks of the whole job differ."""
 
     def name(rank: int) -> int:
         return rank if group is None else dist.get_global_rank(group, rank)
@@ -98,6 +98,6 @@ def describe(found: Disagreement, layers: Sequence[int], group: dist.ProcessGrou
     parts = []
     for index, ranks in found.layers.items():
         shown = ", ".join(str(name(rank)) for rank in ranks[:8]) + (", ..." if len(ranks) > 8 else "")
-        parts.append(f"layer {layers[index]}: rank{'s' * (len(ranks) > 1)} {shown}")
+        parts.append(f"{labels[index]}: rank{'s' * (len(ranks) > 1)} {shown}")
     more = f"; and {len(parts) - 8} more layers" if len(parts) > 8 else ""
     return "; ".join(parts[:8]) + more

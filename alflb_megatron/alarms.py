@@ -65,19 +65,19 @@ class Alarms:
     """Watches the layers of one balancer.
 
     Args:
-        layers: their numbers.
+        labels: what they are called.
         configs: their settings, None where a router is only watched.
         bounded: whether the scores of a layer lie between 0 and 1.
     """
 
-    def __init__(self, layers: Sequence[int], configs: Sequence[ALFConfig | None], bounded: Sequence[bool]) -> None:
-        self.layers, self.configs, self.bounded = tuple(layers), tuple(configs), tuple(bounded)
+    def __init__(self, labels: Sequence[str], configs: Sequence[ALFConfig | None], bounded: Sequence[bool]) -> None:
+        self.labels, self.configs, self.bounded = tuple(labels), tuple(configs), tuple(bounded)
         self._starved: dict[int, Tensor] = {}  # number of experts -> updates in a row, int64 [layers of that width, E]
         self._widths: dict[int, list[int]] = {}
         self._vio_L = self._spread_L = self._refused_L = torch.zeros(0)
         self._now = self._vio_L, self._spread_L
         self._given: dict[str, int] = {}
-        self._given_refused = [0] * len(self.layers)  # updates refused up to the last line about them
+        self._given_refused = [0] * len(self.labels)  # updates refused up to the last line about them
 
     def limit(self, kind: Kind, index: int) -> float:
         """Above which value the layer at `index` is in alarm; infinite for never, and for what has no limit."""
@@ -100,7 +100,7 @@ class Alarms:
             self._vio_L, self._spread_L, self._refused_L = (
                 torch.zeros_like(refused_L, dtype=torch.int64) for _ in range(3)
             )
-            indices = range(len(self.layers))
+            indices = range(len(self.labels))
             self._vio_limit_L = vio_L.new_tensor([self.limit(MAX_VIO, i) for i in indices])
             self._spread_limit_L = spread_L.new_tensor([self.limit(SPREAD, i) for i in indices])
         for width, of in self._widths.items():
@@ -155,4 +155,4 @@ class Alarms:
         worst = max(wrong, key=lambda index: counts[index])
         said = kind.text.format(count=counts[worst], limit=self.limit(kind, worst), **more[worst])
         others = f" (and {len(wrong) - 1} more)" if len(wrong) > 1 else ""
-        return f"layer {self.layers[worst]}{others}: {said}. {kind.advice[0].upper()}{kind.advice[1:]}."
+        return f"{self.labels[worst]}{others}: {said}. {kind.advice[0].upper()}{kind.advice[1:]}."

@@ -14,31 +14,20 @@ import logging
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol, cast
+from typing import cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from alflb_megatron import agreement, margins, metrics
+from alflb_megatron import agreement, metrics
 from alflb_megatron.agreement import DisagreementError
 from alflb_megatron.alarms import Alarms
 from alflb_megatron.config import PREFIX, ALFConfig
-from alflb_megatron.loads import LoadAllReduce, LoadCounter, LoadCounts
-from alflb_megatron.rules import State, Stats, keep_where
+from alflb_megatron.loads import LoadAllReduce, reset
+from alflb_megatron.update import BalancedRouter, Outcome, update
 
 logger = logging.getLogger(__name__)
-
-
-class BalancedRouter(Protocol):
-    """A router the balancer serves: `ALFRouter`, or any router that only has its loads watched (`alf` is None)."""
-
-    load_counter: LoadCounter
-    alf: ALFConfig | None
-    expert_bias: Tensor | None
-
-    def read_state(self) -> tuple[Tensor, State]: ...
-    def write_state(self, bias_E: Tensor, n: Tensor, state: State) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -63,6 +52,10 @@ class Record:
     curvature: Tensor
     alarms: tuple[str, ...] = ()
 
+    def counted(self) -> Tensor:
+        """Whether a layer saw any token, bool [layers]: one in evaluation mode, or a copy not in use, saw none."""
+        return metrics.of_layers(lambda loads: loads.sum(-1) != 0, self.loads)
+
     def max_vio(self) -> Tensor:
         """MaxVio of each layer, float64 [layers]."""
         return metrics.of_layers(metrics.max_vio, self.loads)
@@ -77,10 +70,18 @@ class Balancer:
     """Serves the routers of one model: launch, commit, and the record of the last global batch."""
 
     def __init__(
-        self, routers: Iterable[nn.Module], layers: Sequence[int], group: dist.ProcessGroup | None = None
+        self,
+        routers: Iterable[nn.Module],
+        layers: Sequence[int],
+        group: dist.ProcessGroup | None = None,
+        paths: Sequence[str] = (),
+        labels: Sequence[str] = (),
     ) -> None:
+        """`paths`: of the routers in the model. `labels`: what lines of text call them; both by default `layer N`."""
         self.routers: list[BalancedRouter] = [cast(BalancedRouter, router) for router in routers]
         self.layers = tuple(layers)
+        self.labels = list(labels) or [f"layer {layer}" for layer in layers]
+        self.paths = list(paths) or self.labels
         self.group = group
         self.last: Record | None = None
         self.updates = 0
@@ -90,6 +91,11 @@ class Balancer:
         self._digests: list[Tensor] = []
         self._alarms: Alarms | None = None
         self._indices: dict[tuple[int, ...], Tensor] = {}
+
+    @property
+    def under_way(self) -> LoadAllReduce | None:
+        """What was launched and not yet committed."""
+        return self._sum
 
     @torch.no_grad()
     def launch(self) -> None:
@@ -113,14 +119,14 @@ class Balancer:
             return None
         seen, sent_from_here = self._sum.wait(), self._sum.sent
         checksum, self._sum = self._sum.piggyback, None
+        for router, sent in zip(self.routers, sent_from_here, strict=True):
+            router.load_counter.subtract(sent)  # first: whatever is raised below leaves nothing for a later batch
         disagreement = self._check(checksum) if self._digests else ""
         device = seen[0].nonfinite.device
-        outcome = _Outcome.of_nothing(len(seen), device)
+        outcome = Outcome.of_nothing(len(seen), device)
         for config, routers in self._alike():
-            rows = _update(config, [self.routers[i] for i in routers], [seen[i] for i in routers])
+            rows = update(config, [self.routers[i] for i in routers], [seen[i] for i in routers])
             outcome.put(self._index(tuple(routers), device), rows)
-        for router, sent in zip(self.routers, sent_from_here, strict=True):
-            router.load_counter.subtract(sent)
         self.updates += 1
         self.rejections = self.rejections + outcome.rejected
         self.last = Record(
@@ -135,19 +141,27 @@ class Balancer:
 
     def discard(self) -> None:
         """Forgets what was counted since the last commit, and an all-reduce under way; no bias moves."""
+        self.abandon()
+        reset([router.load_counter for router in self.routers])
+
+    def abandon(self) -> None:
+        """Forgets an all-reduce under way and what it sums, if there is one; what was counted since then stays."""
+        if self._sum is not None:
+            for router, sent in zip(self.routers, self._sum.sent, strict=True):
+                router.load_counter.subtract(sent)
+            self.withdraw()
+
+    def withdraw(self) -> None:
+        """Forgets an all-reduce under way, as if it had not been launched."""
         if self._sum is not None:
             self._sum.wait()
             self._sum = None
-        for router in self.routers:
-            router.load_counter.reset()
 
     def _alike(self) -> list[tuple[ALFConfig, list[int]]]:
         """Indices of the routers that can be stepped as one [L, E] stack: same settings, same width."""
         stacks: dict[tuple[ALFConfig, int], list[int]] = defaultdict(list)
         for index, router in enumerate(self.routers):
-            # `frozen_expert_bias` is how Megatron-LM freezes a router (--freeze-all-layers).
-            frozen = router.alf is None or router.alf.frozen or getattr(router, "frozen_expert_bias", False)
-            if not frozen and router.alf is not None:
+            if router.alf is not None and not getattr(router, "stands_still", router.alf.frozen):
                 stacks[router.alf, router.load_counter.tokens_per_expert.numel()].append(index)
         return [(config, indices) for (config, _), indices in stacks.items()]
 
@@ -176,8 +190,8 @@ class Balancer:
         self.disagreements += 1
         found = agreement.locate(digests, self.group)
         ours = self._ours()
-        numbers = [layer for layer, router in zip(self.layers, self.routers, strict=True) if router.alf is not None]
-        where = agreement.describe(found, numbers, self.group)
+        labels = [label for label, router in zip(self.labels, self.routers, strict=True) if router.alf is not None]
+        where = agreement.describe(found, labels, self.group)
         text = f"ranks hold other biases or rule state than most ranks do ({where})"
         if any(cast(ALFConfig, ours[index].alf).on_disagreement == "stop" for index in found.layers):
             raise DisagreementError(
@@ -192,7 +206,7 @@ class Balancer:
         assert self.last is not None
         if self._alarms is None:
             bounded = [getattr(router, "score_function", "") in ("sigmoid", "softmax") for router in self.routers]
-            self._alarms = Alarms(self.layers, [router.alf for router in self.routers], bounded)
+            self._alarms = Alarms(self.labels, [router.alf for router in self.routers], bounded)
         alarms: list[str] = []
         if any(config is not None and config.alarm_after for config in self._alarms.configs):
             last = self.last
@@ -214,7 +228,11 @@ class Balancer:
     def _log(self) -> None:
         every = max((router.alf.log_every for router in self.routers if router.alf), default=0)
         if self._is_logging_rank() and every and self.updates % every == 0 and self.last is not None:
-            vio = self.last.max_vio()
+            counted = self.last.counted()
+            if not counted.any():
+                logger.info("global batch %d: no router counted a token (evaluation mode?)", self.updates)
+                return
+            vio = self.last.max_vio()[counted]
             logger.info("global batch %d: MaxVio mean %.4f max %.4f", self.updates, vio.mean(), vio.max())
 
 
@@ -222,77 +240,3 @@ def _replicated_state(router: BalancedRouter) -> list[Tensor]:
     """The tensors that have to be the same on all ranks: bias, n, rule state."""
     n, state = router.read_state()
     return [cast(Tensor, router.expert_bias), n, *state.values()]
-
-
-@dataclass
-class _Outcome:
-    """What came of one update, a row a layer, as in `Record`."""
-
-    rejected: Tensor
-    drift: Tensor
-    gain: Tensor
-    curvature: Tensor
-
-    @staticmethod
-    def of_nothing(layers: int, device: torch.device) -> _Outcome:
-        """For layers that were not updated."""
-        nan = torch.full((layers,), float("nan"), device=device)
-        drift = torch.zeros(layers, device=device)
-        return _Outcome(torch.zeros(layers, dtype=torch.bool, device=device), drift, nan.clone(), nan.double())
-
-    def put(self, layers: Tensor, rows: _Outcome) -> None:
-        """Puts in the rows of some layers, in place."""
-        for name, whole in vars(self).items():
-            whole.index_copy_(0, layers, getattr(rows, name))
-
-
-def _update(config: ALFConfig, routers: Sequence[BalancedRouter], seen: Sequence[LoadCounts]) -> _Outcome:
-    """One step of the rule for routers that share settings and width.
-
-    A layer that saw no token is left as it is. So is one whose step is refused: some token's scores were NaN or
-    infinite on any rank, counts overflowed, or the rule itself gave a number that is not finite.
-    """
-    rows = [router.read_state() for router in routers]
-    state: State = {name: torch.stack([row[1][name] for row in rows]) for name in rows[0][1]}
-    bias_LE = torch.stack([cast(Tensor, router.expert_bias) for router in routers])
-    loads_LE = torch.stack([layer.loads_E for layer in seen])
-    histograms = [layer.histogram_EB for layer in seen if layer.histogram_EB is not None]
-    histogram_LEB = torch.stack(histograms) if histograms else None
-    some_L1 = loads_LE.sum(dim=-1, keepdim=True) > 0
-    n_L1 = torch.stack([row[0] for row in rows]) + 1
-    moved_LE, moved = config.rule_knobs.step(bias_LE, Stats(loads_LE, n_L1.squeeze(-1), histogram_LEB), state)
-    if config.centring:
-        moved_LE = moved_LE - moved_LE.mean(dim=-1, keepdim=True)
-    nonfinite_L1 = torch.stack([layer.nonfinite for layer in seen]) > 0
-    overflown_L1 = (loads_LE < 0).any(dim=-1, keepdim=True)
-    refused_L1 = nonfinite_L1 | overflown_L1 | ~moved_LE.isfinite().all(dim=-1, keepdim=True)
-    commit_L1 = some_L1 & ~refused_L1
-    if config.stop_after:
-        moved_LE, going_L1 = _scheduled(config, bias_LE, moved_LE, n_L1)
-        commit_L1 = commit_L1 & going_L1
-    moved_LE = torch.where(commit_L1, moved_LE, bias_LE)
-    n_L1 = n_L1 - 1 + commit_L1
-    after = {name: keep_where(commit_L1, rows, state[name]) for name, rows in moved.items()}
-    for row, router in enumerate(routers):
-        router.write_state(moved_LE[row], n_L1[row], {name: rows[row] for name, rows in after.items()})
-    drift_L = (moved_LE - bias_LE).abs().amax(dim=-1)
-    nan_L = torch.full_like(drift_L, float("nan"))
-    curvature_L = nan_L.double()
-    if histogram_LEB is not None:
-        experts = loads_LE.shape[1]
-        curvature_L = margins.density_at_tie(histogram_LEB, loads_LE) * experts / max(experts - 1, 1)
-    gain_L = after["gain"].mean(dim=-1) if "gain" in after else nan_L
-    return _Outcome(refused_L1.squeeze(-1), drift_L, gain_L, curvature_L)
-
-
-def _scheduled(config: ALFConfig, bias_LE: Tensor, moved_LE: Tensor, n_L1: Tensor) -> tuple[Tensor, Tensor]:
-    """The move of update n under `stop_after` and `fade`, and whether there is one at all, bool [L, 1].
-
-    It follows from n alone, so a resumed run goes on where it was. DeepSeek-V3 (arXiv 2412.19437, section 4.2) sets the
-    step to zero for the last 500B of its 14.8T tokens.
-    """
-    left_L1 = config.stop_after + 1 - n_L1  # updates left, this one included
-    if config.fade:
-        share_L1 = (left_L1 / (config.fade + 1)).clamp(max=1.0)
-        moved_LE = torch.where(share_L1 < 1, bias_LE + share_L1 * (moved_LE - bias_LE), moved_LE)
-    return moved_LE, left_L1 > 0

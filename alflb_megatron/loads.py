@@ -8,13 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import Any, NamedTuple
+from weakref import WeakSet
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from alflb_megatron import margins
+from alflb_megatron.recomputation import repeats_a_pass_with_gradients
 
 
 class LoadCounts(NamedTuple):
@@ -22,7 +24,25 @@ class LoadCounts(NamedTuple):
 
     loads_E: Tensor  # int64 [E]
     nonfinite: Tensor  # int64 [1], tokens with a score that is NaN or infinite
+    dictated: Tensor  # int64 [1], tokens whose experts somebody else chose (router replay)
     histogram_EB: Tensor | None  # int32 [E, B], margins, where the rule needs them
+
+
+_LIVE: WeakSet[LoadCounter] = WeakSet()
+
+
+def reset_all() -> None:
+    """Empties every counter of this process: whatever was counted belongs to no global batch that will be committed."""
+    reset(list(_LIVE))
+
+
+@torch.no_grad()
+def reset(counters: Sequence[LoadCounter]) -> None:
+    """Empties counters, in one go."""
+    if parts := [part for counter in counters for part in counter.local() if part is not None]:
+        torch._foreach_zero_(parts)
+    for counter in counters:
+        counter.passes = 0
 
 
 class LoadCounter(nn.Module):
@@ -36,30 +56,36 @@ class LoadCounter(nn.Module):
 
     tokens_per_expert: Tensor
     nonfinite: Tensor
+    dictated: Tensor
     histogram_EB: Tensor | None
 
     def __init__(
         self, num_experts: int, device: torch.device | int | str | None = None, with_margins: bool = False
     ) -> None:
         super().__init__()
-        self.register_buffer(
-            "tokens_per_expert", torch.zeros(num_experts, dtype=torch.int64, device=device), persistent=False
-        )
-        self.register_buffer("nonfinite", torch.zeros(1, dtype=torch.int64, device=device), persistent=False)
+        for name, size in (("tokens_per_expert", num_experts), ("nonfinite", 1), ("dictated", 1)):
+            self.register_buffer(name, torch.zeros(size, dtype=torch.int64, device=device), persistent=False)
         histogram = torch.zeros(num_experts, margins.BINS, dtype=torch.int32, device=device) if with_margins else None
         self.register_buffer("histogram_EB", histogram, persistent=False)
         if histogram is not None:
             margins.edges(histogram.device)  # copied to the device now, not while a CUDA graph is captured
         self.counting_all = False
         self.passes = 0  # forward passes counted since the last reset; on the host, for diagnostics
+        _LIVE.add(self)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        _LIVE.add(self)  # a deep copy, or one that was pickled
 
     def is_counting(self, training: bool) -> bool:
         """Whether a forward pass belongs to the global batch that is being counted.
 
-        Recomputation runs a layer first without and then with gradients: only the second pass counts. Evaluation is
-        left out by `training`, so a forward pass with gradients in evaluation mode does not leak in.
+        Of a layer that is run twice (`recomputation`) one pass counts, the first that runs with gradients. Evaluation
+        is left out by `training`, so a forward pass with gradients in evaluation mode does not leak in.
         """
-        return self.counting_all or (training and torch.is_grad_enabled())
+        if self.counting_all:
+            return True
+        return training and torch.is_grad_enabled() and not repeats_a_pass_with_gradients()
 
     @property
     def wants_margins(self) -> bool:
@@ -74,6 +100,7 @@ class LoadCounter(nn.Module):
         *,
         ranked_TK: Tensor | None = None,
         margins_TE: Tensor | None = None,
+        dictated: bool = False,
     ) -> None:
         """Adds the choices of T tokens.
 
@@ -82,6 +109,7 @@ class LoadCounter(nn.Module):
             valid_T: bool [T], False at padding, which is not counted; None where all are tokens.
             ranked_TK: the scores that won; a token is nonfinite where one of them is NaN or infinite.
             margins_TE: float32 [T, E], where `wants_margins`.
+            dictated: whether somebody else chose these experts.
         """
         self.passes += 1
         ones = (
@@ -89,6 +117,8 @@ class LoadCounter(nn.Module):
         )
         self.tokens_per_expert.scatter_add_(0, experts_TK.reshape(-1), ones.reshape(-1))
         self._observe_more(ranked_TK, margins_TE, valid_T)
+        if dictated:
+            self.dictated += experts_TK.shape[0] if valid_T is None else valid_T.sum()
 
     @torch.no_grad()
     def observe_map(
@@ -115,7 +145,7 @@ class LoadCounter(nn.Module):
 
     def local(self) -> LoadCounts:
         """What has been counted so far, on this rank: the buffers themselves."""
-        return LoadCounts(self.tokens_per_expert, self.nonfinite, self.histogram_EB)
+        return LoadCounts(self.tokens_per_expert, self.nonfinite, self.dictated, self.histogram_EB)
 
     def subtract(self, sent: LoadCounts) -> None:
         """Takes out what has been summed; tokens that came meanwhile stay for the next global batch."""
@@ -126,13 +156,7 @@ class LoadCounter(nn.Module):
 
     def reset_parameters(self) -> None:
         """Counts begin at zero: what frameworks call on each module that they have given memory (`to_empty`)."""
-        self.reset()
-
-    def reset(self) -> None:
-        for mine in self.local():
-            if mine is not None:
-                mine.zero_()
-        self.passes = 0
+        reset([self])
 
 
 def _not_finite(numbers_TX: Tensor) -> Tensor:
@@ -151,18 +175,19 @@ def counting_all_passes(counters: Sequence[LoadCounter]) -> Iterator[None]:
 
     Loads alone: margins are not measured. Read `tokens_per_expert` before the block ends.
     """
-    kept = [(counter.tokens_per_expert.clone(), counter.nonfinite.clone(), counter.passes) for counter in counters]
-    for counter in counters:
-        counter.tokens_per_expert.zero_()
-        counter.nonfinite.zero_()
+    parts = [(counter.tokens_per_expert, counter.nonfinite, counter.dictated) for counter in counters]
+    kept = [([part.clone() for part in of], counter.passes) for of, counter in zip(parts, counters, strict=True)]
+    for of, counter in zip(parts, counters, strict=True):
+        for part in of:
+            part.zero_()
         counter.counting_all = True
     try:
         yield
     finally:
-        for counter, (counts, nonfinite, seen) in zip(counters, kept, strict=True):
+        for of, counter, (before, seen) in zip(parts, counters, kept, strict=True):
             counter.counting_all = False
-            counter.tokens_per_expert.copy_(counts)
-            counter.nonfinite.copy_(nonfinite)
+            for part, value in zip(of, before, strict=True):
+                part.copy_(value)
             counter.passes = seen
 
 
@@ -219,6 +244,7 @@ class LoadAllReduce:
             LoadCounts(
                 loads_E=next(parts).to(torch.int64),
                 nonfinite=next(parts).to(torch.int64),
+                dictated=next(parts).to(torch.int64),
                 histogram_EB=None if seen.histogram_EB is None else next(parts).view_as(seen.histogram_EB),
             )
             for seen in self._here

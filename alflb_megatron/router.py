@@ -19,16 +19,19 @@ from megatron.core.transformer.moe.moe_utils import (
     compute_routing_scores_for_aux_loss,
     topk_routing_with_score_function,
 )
+from megatron.core.transformer.moe.router_replay import RouterReplayAction
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from alflb_megatron.config import ALFConfig
 from alflb_megatron.loads import LoadCounter
-from alflb_megatron.router_state import ExpertBiasRouter
+from alflb_megatron.router_state import ExpertBiasRouter, log_once
 from alflb_megatron.routing import Gate, group_limited_topk, margins_of_map, scores_of, select
 from alflb_megatron.settings import SettingError
 
 logger = logging.getLogger(__name__)
+
+_DICTATING = (RouterReplayAction.REPLAY_FORWARD, RouterReplayAction.REPLAY_BACKWARD)
 
 FORWARDS_BEFORE_WARNING = 20_000
 """Micro-batches without an update after which a router says that nothing moves its bias."""
@@ -140,10 +143,15 @@ class ALFRouter(ExpertBiasRouter):
                 margins_TE = margins_of_map(logits_TE, self.gate, self.expert_bias, map_TE) if with_margins else None
                 self.load_counter.observe_map(map_TE, valid_T, weights_TE=probs_TE, margins_TE=margins_TE)
             return probs_TE, map_TE
-        choice = select(logits_TE, self.gate, self.expert_bias, self._replayed_topk(), with_margins)
+        dictated = self._is_dictated()
+        choice = select(logits_TE, self.gate, self.expert_bias, self._replayed_topk(), with_margins and not dictated)
         if counting:
             self.load_counter.observe(
-                choice.experts_TK, valid_T, ranked_TK=choice.ranked_TK, margins_TE=choice.margins_TE
+                choice.experts_TK,
+                valid_T,
+                ranked_TK=choice.ranked_TK,
+                margins_TE=choice.margins_TE,
+                dictated=dictated,
             )
         return choice.probs_TE, choice.map_TE
 
@@ -157,6 +165,14 @@ class ALFRouter(ExpertBiasRouter):
             return replay.get_replay_topk(scores_TE, k, groups, group_topk, group_limited_topk)
 
         return topk
+
+    def _is_dictated(self) -> bool:
+        """Whether Megatron's router replay gives the experts: their loads are no answer to the bias."""
+        replay = self.router_replay
+        dictated = replay is not None and replay.router_replay_action in _DICTATING
+        if dictated and not self.stands_still:
+            log_once("router replay dictates experts: loads are reported, biases stand still in such global batches")
+        return dictated
 
     def _with_aux_losses(
         self, probs_TE: Tensor, logits_TE: Tensor, padding_T: Tensor | None, sequence: int, batch: int
@@ -207,6 +223,12 @@ def check_router_config(config: TransformerConfig, alf: ALFConfig) -> None:
             True,
             "Transformer Engine's fused router takes an expert bias with the sigmoid gate only; "
             f"switch it off for the {config.moe_router_score_function} gate",
+        )
+    if config.moe_router_fusion and config.moe_enable_routing_replay:
+        raise SettingError(
+            "--moe-enable-routing-replay",
+            True,
+            "has no effect in Transformer Engine's fused router; switch --moe-router-fusion off",
         )
     if config.moe_router_fusion and alf.score_unit != "score":
         raise SettingError(

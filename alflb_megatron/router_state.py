@@ -9,15 +9,20 @@ begin afresh.
 
 from __future__ import annotations
 
+import copy
 import functools
 import logging
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.moe.router import TopKRouter
+from megatron.core.transformer.moe.router_replay import RouterReplay
+from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from alflb_megatron import rules
@@ -30,13 +35,47 @@ STATE_PREFIX = "alf_"
 """Buffers that are ours alone begin with this; a checkpoint without them loads, and they start afresh."""
 
 
+_rule_state_left_out = False
+
+
+@contextmanager
+def rule_state_left_out() -> Iterator[None]:
+    """Within the block `state_dict()` of a router has no state beyond `expert_bias`, as Megatron-Core's own.
+
+    For loaders that map every key of a model to one of Hugging Face's (mbridge, verl). A frozen router never has more.
+    """
+    global _rule_state_left_out
+    before, _rule_state_left_out = _rule_state_left_out, True
+    try:
+        yield
+    finally:
+        _rule_state_left_out = before
+
+
 class ExpertBiasRouter(TopKRouter):
-    """Megatron-Core's router with bias, number of updates and rule state as buffers of its own."""
+    """Megatron-Core's router with bias, number of updates and rule state as buffers of its own.
+
+    Where it is frozen by its settings only the bias is saved: there is no update whose state would be carried on.
+    """
 
     alf: ALFConfig
     expert_bias: Tensor
     alf_n: Tensor
     alf_rule: Tensor
+
+    @property
+    def stands_still(self) -> bool:
+        """Whether no update moves this bias: frozen by settings, by Megatron-LM, or with the weights of its router.
+
+        A gate that is not trained belongs to a model that others have: a tower that is kept as it is, or a base under
+        adapters, whose checkpoints hold no bias.
+        """
+        if self.alf.frozen or getattr(self, "frozen_expert_bias", False):  # by --freeze-all-layers
+            return True
+        untrained = not any(parameter.requires_grad for parameter in self.parameters(recurse=False))
+        if untrained:
+            log_once("the weights of some routers are not trained: their biases stand still")
+        return untrained
 
     def new_bias_state(self, device: torch.device | int | str) -> None:
         """Registers the buffers: bias 0, n 0, rule state at its beginning. ValueError where a rule's name is taken."""
@@ -71,7 +110,7 @@ class ExpertBiasRouter(TopKRouter):
     def _new_buffer(self, name: str, value: Tensor) -> None:
         if hasattr(self, name):  # the parent leaves `expert_bias = None` where its own bias is off
             delattr(self, name)
-        self.register_buffer(name, value)
+        self.register_buffer(name, value, persistent=not (self.alf.frozen and name.startswith(STATE_PREFIX)))
 
     # -- what the balancer reads and writes --------------------------------------------------------------------------
 
@@ -95,8 +134,31 @@ class ExpertBiasRouter(TopKRouter):
 
     # -- precision and checkpoints -----------------------------------------------------------------------------------
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> ExpertBiasRouter:
+        """A copy with weights, bias and counts of its own, on the same process groups, configuration and replay.
+
+        PEFT copies routers that it trains (`modules_to_save`); a process group cannot be copied, and Megatron-Core
+        finds a replay by the list that it was put into when it was made.
+        """
+        shared = (dist.ProcessGroup, ProcessGroupCollection, TransformerConfig, RouterReplay)
+        memo.update({id(value): value for value in vars(self).values() if isinstance(value, shared)})
+        copied = type(self).__new__(type(self))
+        memo[id(self)] = copied
+        copied.__setstate__(copy.deepcopy(vars(self), memo))
+        return copied
+
     def _own_state(self) -> list[str]:
         return ["expert_bias", "alf_n", "alf_rule", *(STATE_PREFIX + name for name in self._state_names)]
+
+    def _saved_state(self) -> list[str]:
+        return ["expert_bias"] if self.alf.frozen else self._own_state()
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if _rule_state_left_out:
+            for name in self._own_state():
+                if name.startswith(STATE_PREFIX):
+                    destination.pop(prefix + name, None)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> ExpertBiasRouter:
         """Moves to another device, but never rounds our state: `Float16Module` casts every floating buffer."""
@@ -115,28 +177,29 @@ class ExpertBiasRouter(TopKRouter):
         without this package, or is a part of a model. Where another rule wrote it, its bias is taken and n and state
         begin afresh: the n of u / n, or a gain learnt with another rule, would mislead this one.
         """
-        first = {STATE_PREFIX + name: row for name, row in self._first_state().items()}
-        written_by = state_dict.get(prefix + "alf_rule")
+        saved = self._saved_state()
+        first = {STATE_PREFIX + name: row for name, row in self._first_state().items() if STATE_PREFIX + name in saved}
+        written_by = state_dict.get(prefix + "alf_rule") if "alf_rule" in saved else None
         if written_by is not None and int(written_by) != rule_id(self.alf.rule):
             afresh = {"alf_n": torch.zeros_like(self.alf_n), "alf_rule": self.alf_rule, **first}
             state_dict.update({prefix + name: row for name, row in afresh.items()})
-            _log_once(
+            log_once(
                 f"the checkpoint was written by rule {_rule_name(int(written_by))}: rule {self.alf.rule} goes on from "
                 f"its biases; n and rule state ({', '.join(first) or 'it has none'}) begin afresh"
             )
         elif prefix + "expert_bias" not in state_dict and prefix + "weight" in state_dict:
-            _log_once(
+            log_once(
                 "the checkpoint holds no expert bias: biases begin at zero. alflb_megatron.warm_start (alflb train "
                 "--warm-start) gives them a better start, load_bias takes them from elsewhere"
             )
         elif absent := [n for n in first if prefix + n not in state_dict and prefix + "expert_bias" in state_dict]:
-            _log_once(
+            log_once(
                 f"the checkpoint holds biases but no {', '.join(absent)} of rule {self.alf.rule}: these begin afresh"
             )
         for name in [n for n in state_dict if n.startswith(prefix + STATE_PREFIX)]:
-            if name.removeprefix(prefix) not in self._own_state():
-                del state_dict[name]  # another rule's, which a strict load would stop at
-        for name in self._own_state():
+            if name.removeprefix(prefix) not in saved:
+                del state_dict[name]  # another rule's, or of no use to a frozen router: a strict load would stop at it
+        for name in saved:
             state_dict.setdefault(prefix + name, getattr(self, name))
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
@@ -151,7 +214,7 @@ def _rule_name(number: int) -> str:
 
 
 @functools.cache
-def _log_once(text: str) -> None:
+def log_once(text: str) -> None:
     """Logs `text` once, not for every layer, on rank 0."""
     if not dist.is_initialized() or dist.get_rank() == 0:
         logger.warning(text)

@@ -12,7 +12,7 @@ EVEN, HUNGRY = torch.tensor([100, 100, 100, 100]), torch.tensor([133, 133, 133, 
 
 def _watched(updates: int, *, loads: torch.Tensor = EVEN, spread: float = 0.1, refused: bool = False) -> Alarms:
     """Two layers, the first of them always well."""
-    alarms = Alarms([2, 3], [ALFConfig(alarm_after=30, alarm_max_vio=0.3)] * 2, [True, True])
+    alarms = Alarms(["layer 2", "layer 3"], [ALFConfig(alarm_after=30, alarm_max_vio=0.3)] * 2, [True, True])
     for _ in range(updates):
         _count(alarms, loads, spread, refused)
     return alarms
@@ -70,7 +70,7 @@ def test_refusals_between_two_lines_are_not_lost() -> None:
 
 
 def test_layers_are_counted_and_the_worst_is_named() -> None:
-    alarms = Alarms([2, 3, 7], [ALFConfig(alarm_after=10)] * 3, [True] * 3)
+    alarms = Alarms(["layer 2", "layer 3", "layer 7"], [ALFConfig(alarm_after=10)] * 3, [True] * 3)
     for update in range(20):
         loads = [EVEN if update < 5 else HUNGRY, HUNGRY, EVEN]
         alarms.count(loads, torch.zeros(3, dtype=torch.float64), torch.zeros(3), torch.zeros(3, dtype=torch.bool))
@@ -80,7 +80,7 @@ def test_layers_are_counted_and_the_worst_is_named() -> None:
 
 def test_biases_on_logits_have_no_limit_unless_one_is_set() -> None:
     for config, lines in ((ALFConfig(score_unit="logit"), 0), (ALFConfig(score_unit="logit", alarm_spread=4.0), 1)):
-        alarms = Alarms([1], [config], [True])
+        alarms = Alarms(["layer 1"], [config], [True])
         for _ in range(100):
             alarms.count([EVEN], torch.zeros(1).double(), torch.tensor([9.0]), torch.zeros(1, dtype=torch.bool))
         assert len(alarms.due_lines(100)) == lines
@@ -88,7 +88,7 @@ def test_biases_on_logits_have_no_limit_unless_one_is_set() -> None:
 
 def test_none_are_given_where_they_are_off_or_a_router_is_only_watched() -> None:
     for config in (ALFConfig(alarm_after=0), None):
-        alarms = Alarms([1], [config], [True])
+        alarms = Alarms(["layer 1"], [config], [True])
         for _ in range(200):
             alarms.count([HUNGRY], torch.ones(1).double() * 9, torch.ones(1) * 9, torch.ones(1, dtype=torch.bool))
         assert alarms.due_lines(200) == []

@@ -1,7 +1,7 @@
 """Megatron-Core: how a layer gets our router, and how the balancer is called once per global batch.
 
-`with_alflb` puts the router into a layer spec and `install` wraps `config.finalize_model_grads_func`; nothing of
-Megatron's is changed. `enable.py` does both for every model built afterwards.
+`with_alflb` puts the router into a layer spec and `install` wraps `config.finalize_model_grads_func`. One method of
+Megatron's is replaced, where gradients are zeroed. `enable.py` does both for every model built afterwards.
 
 What of Megatron-Core differs from version to version is told apart in this file. Read against 0.16.1 and 0.19.2.
 """
@@ -18,7 +18,9 @@ from weakref import WeakKeyDictionary
 
 import megatron.core
 import torch.distributed as dist
-from megatron.core.distributed import finalize_model_grads
+from megatron.core.distributed import DistributedDataParallel, finalize_model_grads
+from megatron.core.distributed.data_parallel_base import _BaseDataParallel
+from megatron.core.distributed.fsdp import mcore_fsdp_adapter
 from megatron.core.transformer.moe.moe_layer import MoESubmodules
 from megatron.core.transformer.moe.router import TopKRouter
 from megatron.core.transformer.spec_utils import ModuleSpec
@@ -26,7 +28,9 @@ from torch import nn
 
 from alflb_megatron.balancer import Balancer
 from alflb_megatron.config import ALFConfig
-from alflb_megatron.loads import LoadCounter
+from alflb_megatron.hosts.patching import Patch
+from alflb_megatron.hosts.routers import labels, named_routers
+from alflb_megatron.loads import LoadCounter, reset
 from alflb_megatron.router import ALFRouter
 
 logger = logging.getLogger(__name__)
@@ -117,38 +121,81 @@ def _rebuild(node: Any, router: RouterBuilder, found: list[MoESubmodules]) -> An
 # -- the update, once per global batch ---------------------------------------------------------------------------------
 
 _BALANCERS: WeakKeyDictionary[nn.Module, Balancer] = WeakKeyDictionary()
+"""Of each model, by the first of its chunks, bare."""
 
 
 def balancer_of(model: Sequence[nn.Module], group: dist.ProcessGroup | None = None) -> Balancer:
     """The balancer of a model given as the list of its chunks, as Megatron's schedules hand it to `finalize`.
 
     `group` is what loads are summed over; by default the routers' own TP x CP x DP group: all ranks that train on the
-    global batch, which spans the expert-parallel groups. It counts when the balancer is made, at the first call.
+    global batch, which spans the expert-parallel groups. It counts when the balancer is made, at the first call. Where
+    routers have come or gone since then (adapters, a teacher), the model gets a new one.
     """
-    balancer = _BALANCERS.get(model[0])
-    if balancer is None:
-        named = [item for chunk in model for item in chunk.named_modules() if hasattr(item[1], "load_counter")]
-        routers: list[Any] = [module for _, module in named]
-        layers = [layer_of(name, module) for name, module in named]
-        if group is None and routers:
-            group = routers[0].tp_dp_cp_group
-        balancer = _BALANCERS[model[0]] = Balancer(routers, layers, group)
+    found = [named for named in named_routers(model) if "load_counter" in named.router._modules]
+    routers: list[Any] = [named.router for named in found]
+    before = existing_balancer(model[0])
+    if before is not None:
+        if list(map(id, before.routers)) == list(map(id, routers)):
+            return before
+        before.withdraw()
+        group = group or before.group
+    if group is None and routers:
+        group = routers[0].tp_dp_cp_group
+    layers = [named.layer for named in found]
+    paths = [named.path for named in found]
+    balancer = Balancer(routers, layers, group, paths, labels(layers, paths))
+    _BALANCERS[_bare(model[0])] = balancer
     return balancer
 
 
 def existing_balancer(chunk: nn.Module) -> Balancer | None:
     """The balancer of the model whose first chunk this is; None before its first update."""
-    return _BALANCERS.get(chunk)
+    return _BALANCERS.get(_bare(chunk))
 
 
-def layer_of(name: str, router: Any) -> int:
-    """A router's layer, from 1, MTP layers after the decoder's; `name` is its path in the model.
+def _bare(chunk: nn.Module) -> nn.Module:
+    """A chunk without DDP and Float16Module around it, which may come later."""
+    while isinstance(inner := getattr(chunk, "module", None), nn.Module):
+        chunk = inner
+    return chunk
 
-    From 0.17 on Megatron-Core numbers MTP layers from 1 again, up to 0.16 it has them follow by itself.
+
+# -- a global batch that ends early -----------------------------------------------------------------------------------
+
+_zeroing: list[Patch] = []
+
+
+def forget_with_gradients() -> None:
+    """Has loads forgotten where the gradients that came with them are zeroed; twice is once.
+
+    Trainers call `zero_grad_buffer` of Megatron-Core's data-parallel wrappers where a global batch begins. Loads are
+    left over there only if the one before was abandoned: in forward, backward or finalize, or for dummy data. That
+    method of each wrapper is replaced and marked `__alflb__`.
     """
-    number = router.layer_number or 0
-    again = ".mtp." in f".{name}" and number <= router.config.num_layers
-    return number + router.config.num_layers * again
+    if not _zeroing:
+        wrappers = [_BaseDataParallel, DistributedDataParallel, getattr(mcore_fsdp_adapter, "MegatronFSDP", None)]
+        _zeroing.extend(Patch(wrapper, "zero_grad_buffer", _forgetting) for wrapper in wrappers if wrapper is not None)
+
+
+def forget_with_gradients_no_more() -> None:
+    """Takes `forget_with_gradients` back."""
+    while _zeroing:
+        _zeroing.pop().undo()
+
+
+def _forgetting(original: Callable[..., Any]) -> Callable[..., Any]:
+    def zero_grad_buffer(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        counters = [module for module in self.modules() if isinstance(module, LoadCounter)]
+        for balancer in _BALANCERS.values() if counters else ():
+            if any(router.load_counter is counter for router in balancer.routers for counter in counters):
+                balancer.withdraw()
+        reset(counters)
+        return original(self, *args, **kwargs)
+
+    return zero_grad_buffer
+
+
+# -- where a trainer lets itself be told what to call ----------------------------------------------------------------
 
 
 def update_hook(
@@ -180,9 +227,12 @@ def install(config: Any, group: dist.ProcessGroup | None = None) -> None:
     """Wraps `config.finalize_model_grads_func`; where it is None, Megatron-Core's own function is put in and wrapped.
 
     Call it after the trainer has set the function and before the first step. Twice is once. Whoever runs forward and
-    backward passes that train nothing (the capture of CUDA graphs) calls `balancer_of(model).discard()` after them.
-    `group`: what loads are summed over, by default the routers' own TP x CP x DP group.
+    backward passes that train nothing zeroes the gradients after them, as Megatron-Core does, or calls
+    `balancer_of(model).discard()`.
+    `group`: what loads are summed over, by default the routers' own TP x CP x DP group. Also does
+    `forget_with_gradients`.
     """
+    forget_with_gradients()
     config.finalize_model_grads_func = update_hook(config.finalize_model_grads_func or finalize_model_grads, group)
 
 
@@ -196,7 +246,7 @@ def watch_loads(model: Sequence[nn.Module]) -> Balancer:
     """
     for chunk in model:
         for router in [module for module in chunk.modules() if isinstance(module, TopKRouter)]:
-            if hasattr(router, "load_counter"):
+            if "load_counter" in router._modules:
                 continue
             router.alf = None
             router.load_counter = LoadCounter(router.num_experts, device=router.weight.device)

@@ -17,8 +17,17 @@ from torch import nn
 
 from alflb_megatron.config import ALFConfig
 from alflb_megatron.hosts.absent_state import tolerating_absent_state
-from alflb_megatron.hosts.core import RouterBuilder, balancer_of, existing_balancer, is_replaceable, with_alflb
+from alflb_megatron.hosts.core import (
+    RouterBuilder,
+    balancer_of,
+    existing_balancer,
+    forget_with_gradients,
+    forget_with_gradients_no_more,
+    is_replaceable,
+    with_alflb,
+)
 from alflb_megatron.hosts.patching import Patch
+from alflb_megatron.loads import LoadAllReduce, reset_all
 
 logger = logging.getLogger(__name__)
 
@@ -28,8 +37,8 @@ _finalize_module = sys.modules["megatron.core.distributed.finalize_model_grads"]
 _enabled: ALFConfig | None = None
 _building: list[Patch] = []
 _updating: list[Patch] = []
-_finalizing = False
-"""Whether finalize_model_grads has begun and not yet come to its last step."""
+_finalizing: LoadAllReduce | None = None
+"""What is summed while finalize_model_grads has begun and not yet come to its last step."""
 
 
 def enable(alf: ALFConfig | None = None, **settings: Any) -> ALFConfig:
@@ -60,12 +69,14 @@ def update_everywhere() -> None:
 
     For trainers that set it themselves. Three attributes of Megatron-Core are replaced and marked `__alflb__`: two
     names that `finalize_model_grads` looks up when it begins and when gradients are reduced (so it does not matter
-    who imported that function, or when), and the load of a torch_dist checkpoint (our state may be absent from it). A
-    model without an `ALFRouter` is not touched.
+    who imported that function, or when), and the load of a torch_dist checkpoint (our state may be absent from it);
+    and those of `forget_with_gradients`. A model without an `ALFRouter` is not touched.
     """
     if _updating:
         return
+    reset_all()  # what routers counted while nothing updated them
     try:
+        forget_with_gradients()
         for owner, name, wrap in (
             (_finalize_module, "get_model_config", _launching),
             (_finalize_module, "reset_model_temporary_tensors", _committing),
@@ -82,7 +93,9 @@ def disable() -> None:
 
     Models built meanwhile keep their router, which stands still.
     """
-    global _enabled
+    global _enabled, _finalizing
+    forget_with_gradients_no_more()
+    _finalizing = None
     for patches in (_building, _updating):
         while patches:
             patches.pop().undo()
@@ -104,10 +117,12 @@ def _building_our_router(original: Callable[..., None]) -> Callable[..., None]:
 def _launching(original: Callable[..., Any]) -> Callable[..., Any]:
     def get_model_config(model: nn.Module) -> Any:
         global _finalizing
-        _finalizing = True
-        # Only the first chunk is seen here: in the very first global batch the loads travel at commit instead.
-        if (balancer := existing_balancer(model)) is not None:
-            balancer.launch()
+        # Only the first chunk is seen here: in the very first global batch of several, their loads travel at commit.
+        balancer = existing_balancer(model) or balancer_of([model])
+        if _finalizing is not None and balancer.under_way is _finalizing:
+            balancer.abandon()  # an earlier finalize raised, and the trainer went on
+        balancer.launch()
+        _finalizing = balancer.under_way
         return original(model)
 
     return get_model_config
@@ -117,13 +132,13 @@ def _committing(original: Callable[..., Any]) -> Callable[..., Any]:
     def reset_model_temporary_tensors(config: Any, model: list[nn.Module]) -> Any:
         global _finalizing
         balancer = balancer_of(model)
-        if _finalizing:
+        if _finalizing is not None:
             balancer.launch()
             balancer.commit()
         else:
             # Called by itself: transformer/cuda_graphs.py throws away what passes on dummy data left behind.
             balancer.discard()
-        _finalizing = False
+        _finalizing = None
         return original(config, model)
 
     return reset_model_temporary_tensors

@@ -13,23 +13,25 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from megatron.core.transformer.moe.router import TopKRouter
 from torch import Tensor, nn
 
 from alflb_megatron.biases import Biases, bias_from_qb_beta
-from alflb_megatron.hosts.core import layer_of
 from alflb_megatron.hosts.huggingface import read
+from alflb_megatron.hosts.routers import of_one_stack
 from alflb_megatron.router import ALFRouter
 from alflb_megatron.settings import SettingError
 
 
 def bias_of(
-    model: Sequence[nn.Module], group: dist.ProcessGroup | None = None, name: str = "the model's biases"
+    model: Sequence[nn.Module],
+    group: dist.ProcessGroup | None = None,
+    name: str = "the model's biases",
+    stack: str | None = None,
 ) -> Biases:
     """The expert biases of `model`, copied to the CPU.
 
@@ -38,29 +40,45 @@ def bias_of(
         group: the pipeline-parallel group, to have the layers of all stages; all its ranks call it. Without it, the
             layers of this stage.
         name: for messages.
+        stack: path of the block whose layers are meant (`hosts.routers`), where a model holds several; by default the
+            only one that trains.
 
     Raises:
-        SettingError: no router has a bias, or they are of several kinds.
+        SettingError: no router has a bias, they are of several kinds, or several stacks train.
     """
-    routers = [(layer, router) for layer, router in _routers(model) if _is_biased(router)]
-    own = {layer: _bias(router) for layer, router in routers}
-    kinds = [(router.config.num_layers, _unit(router), router.score_function, _groups(router)) for _, router in routers]
-    parts = [(own, kinds)]
+    rows: dict[int, Tensor] = {}
+    kinds: set[tuple[Any, ...]] = set()
+    refused: SettingError | None = None
+    try:
+        for layer, router in of_one_stack(model, stack, "model", name).items():
+            if _is_biased(router):
+                rows[layer] = _bias(router)
+                kinds.add((router.config.num_layers, _unit(router), router.score_function, _groups(router)))
+    except SettingError as error:
+        refused = error  # raised below: other stages wait for this one
+    parts = [(rows, kinds, refused and (refused.flag, refused.value, refused.allowed))]
     if group is not None:
-        parts = [({}, [])] * dist.get_world_size(group)
-        dist.all_gather_object(parts, (own, kinds), group=group)
-    rows = {layer: row for part, _ in parts for layer, row in part.items()}
-    found = {kind for _, some in parts for kind in some}
+        mine, parts = parts[0], parts * dist.get_world_size(group)
+        dist.all_gather_object(parts, mine, group=group)
+    for *_, refusal in parts:
+        if refusal:
+            raise SettingError(*refusal)
+    rows = {layer: row for part, *_ in parts for layer, row in part.items()}
+    found = {kind for _, some, _ in parts for kind in some}
     if not found:
         raise SettingError("model", name, "has no router with an expert bias")
     if len(found) > 1:
         raise SettingError("model", name, "has routers that differ in gate, groups or unit of their bias")
-    return Biases(rows, *found.pop(), name=name).require_sound("model")
+    num_layers, unit, function, groups = found.pop()
+    return Biases(rows, num_layers, unit, function, groups, name).require_sound("model")
 
 
 @torch.no_grad()
 def load_bias(
-    model: Sequence[nn.Module], source: str | os.PathLike[str] | Biases, flag: str = "source"
+    model: Sequence[nn.Module],
+    source: str | os.PathLike[str] | Biases,
+    flag: str = "source",
+    stack: str | None = None,
 ) -> dict[int, int]:
     """Starts every router of `model` from the biases of `source`; the rule's state and its count of updates start anew.
 
@@ -71,6 +89,8 @@ def load_bias(
         model: the chunks of this rank, bare or wrapped. Routers are ours, or Megatron-Core's with its expert bias.
         source: a .safetensors file, a Hugging Face folder (`hosts.huggingface.read`), or `Biases`.
         flag: what a SettingError names.
+        stack: path of the block whose layers are meant (`hosts.routers`), where a model holds several; by default the
+            only one that trains.
 
     Returns:
         The number of experts of each layer that was given its bias.
@@ -79,28 +99,20 @@ def load_bias(
         SettingError: layers, experts, gate or unit do not fit; the text names both sides.
     """
     biases = (source if isinstance(source, Biases) else read(source, flag)).require_sound(flag)
-    routers = dict(_routers(model))
+    routers = of_one_stack(model, stack, flag, biases.name)
     for layer, router in routers.items():
         if getattr(router, "expert_bias", None) is None:
             raise SettingError(flag, biases.name, f"is for an expert bias; the router of layer {layer} has none")
         biases.require_gate(_unit(router), router.score_function, flag)
     if routers:
         config = next(iter(routers.values())).config  # one configuration makes all layers
-        elsewhere = set(_moe_layers(config)) - set(routers)
-        here = {layer: row for layer, row in biases.rows.items() if layer not in elsewhere}
+        elsewhere = _moe_layers(config) if biases.rows.keys() - routers.keys() else []
+        here = {layer: row for layer, row in biases.rows.items() if layer in routers or layer not in elsewhere}
         experts = {layer: router.num_experts for layer, router in routers.items()}
         dataclasses.replace(biases, rows=here).require_fit(experts, config.num_layers, flag)
     for layer, router in routers.items():
         _start(router, biases.rows[layer])
     return {layer: router.num_experts for layer, router in routers.items()}
-
-
-def _routers(model: Sequence[nn.Module]) -> Iterator[tuple[int, Any]]:
-    """Every router, ours or Megatron-Core's, and its layer."""
-    for chunk in model:
-        for name, module in chunk.named_modules():
-            if isinstance(module, TopKRouter):
-                yield layer_of(name, module), module
 
 
 def _is_biased(router: Any) -> bool:
@@ -124,8 +136,10 @@ def _groups(router: Any) -> int | None:
     return groups if groups and chosen and chosen < groups else None
 
 
-def _moe_layers(config: Any) -> list[int]:
+def _moe_layers(config: Any) -> Container[int]:
     """The layers of the whole model that may be MoE, from 1; those of MTP, which are as the decoder's last, follow."""
+    if getattr(config, "is_hybrid_model", False):  # which are is in a pattern that only the model knows
+        return range(1, 2**31) if config.pipeline_model_parallel_size > 1 else ()
     freq = config.moe_layer_freq
     pattern = [int(i % freq == 0) for i in range(config.num_layers)] if isinstance(freq, int) else list(freq)
     decoder = [i + 1 for i, moe in enumerate(pattern) if moe]

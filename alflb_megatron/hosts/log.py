@@ -7,7 +7,7 @@ over the MoE layers of all pipeline stages, by one small all-reduce.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -16,11 +16,15 @@ from torch import Tensor, nn
 from alflb_megatron import metrics
 from alflb_megatron.balancer import Balancer
 from alflb_megatron.hosts.core import balancer_of
+from alflb_megatron.hosts.routers import labels
+
+COUNTED = "MoE layers counted"
 
 LOG_LINE_KEYS = ("MaxVio", "MaxVio worst layer", "load max", "load min", "expert bias spread")
 """Figures that a trainer's log line of text has room for."""
 
 DESCRIPTIONS = {
+    COUNTED: "layers that saw a token; the others are in no figure. Where it is 0 it is the only figure",
     "MaxVio": "mean over layers of (largest load - mean load) / mean load (Wang et al. 2024, eq. 4)",
     "MaxVio p50": "its median over layers",
     "MaxVio p90": "its ninth decile over layers",
@@ -45,42 +49,49 @@ DESCRIPTIONS = {
 """Every figure, at most 24 of them, and what it is. `gain` and `curvature` are left out where there is none."""
 
 _COLUMNS = (
-    "vio", "floor", "most", "least", "variation", "evenness", "dead", "starved", "overload", "spread", "drift", "gain",
-    "curvature", "refused", "disagreements", "detail", "present",
+    "layer", "vio", "floor", "most", "least", "variation", "evenness", "dead", "starved", "overload", "spread", "drift",
+    "gain", "curvature", "refused", "disagreements", "detail", "counted", "present",
 )  # fmt: skip
 
 
-def layer_table(model: Sequence[nn.Module], pipeline: dist.ProcessGroup | None = None) -> Tensor | None:
-    """Figures of the last global batch, float64 [layers, columns], one row for each MoE layer of all pipeline stages.
+def router_table(model: Sequence[nn.Module], pipeline: dist.ProcessGroup | None = None) -> Tensor | None:
+    """Figures of the last global batch, float64 [routers of all pipeline stages, columns].
 
     None before the first update. Every rank of `pipeline`, the pipeline-parallel group, has to call it.
     """
     balancer = balancer_of(model)
-    last, config = balancer.last, _config_of(model)
-    spread_over_stages = pipeline is not None and pipeline.size() > 1
-    if last is None and not spread_over_stages:
+    last = balancer.last
+    stages, stage = (1, 0) if pipeline is None else (pipeline.size(), pipeline.rank())
+    if last is None and stages == 1:
         return None
     device = torch.device(torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
-    every = config.num_layers + (config.mtp_num_layers or 0)
-    table = torch.zeros(every, len(_COLUMNS), dtype=torch.float64, device=device)
+    sizes = torch.zeros(stages, dtype=torch.int64, device=device)
+    sizes[stage] = len(balancer.routers)
+    if stages > 1:
+        dist.all_reduce(sizes, group=pipeline)
+    before, total = int(sizes[:stage].sum()), int(sizes.sum())
+    table = torch.zeros(total, len(_COLUMNS), dtype=torch.float64, device=device)
     if last is not None and last.layers:
-        rows, topk, ranks = last.loads, config.moe_router_topk, config.expert_model_parallel_size
-
-        def floor(loads_LE: Tensor) -> Tensor:
-            experts = loads_LE.shape[-1]
-            tokens = loads_LE.sum(dim=-1, dtype=torch.float64) / topk
-            return metrics.floor_constant(topk, experts) / tokens.clamp(min=1).sqrt()
-
+        rows = last.loads
+        configs = [cast(Any, router).config for router in balancer.routers]
+        # floor_constant / sqrt(tokens), from sums of loads: tokens are loads / K
+        floors = [
+            metrics.floor_constant(config.moe_router_topk, len(loads)) * config.moe_router_topk**0.5
+            for config, loads in zip(configs, rows, strict=True)
+        ]
+        sums = metrics.of_layers(lambda loads: loads.sum(-1, dtype=torch.float64), rows)
+        ranks = [config.expert_model_parallel_size for config in configs]
         columns = {
+            "layer": torch.tensor(last.layers, device=device),
             "vio": last.max_vio(),
-            "floor": metrics.of_layers(floor, rows),
+            "floor": torch.tensor(floors, dtype=torch.float64, device=device) / sums.clamp(min=1).sqrt(),
             "most": metrics.of_layers(lambda loads: loads.amax(-1), rows),
             "least": metrics.of_layers(lambda loads: loads.amin(-1), rows),
             "variation": metrics.of_layers(metrics.variation, rows),
             "evenness": metrics.of_layers(metrics.evenness, rows),
             "dead": metrics.of_layers(lambda loads: (loads == 0).sum(-1), rows),
             "starved": metrics.of_layers(lambda loads: metrics.starved(loads).sum(-1), rows),
-            "overload": metrics.of_layers(lambda loads: metrics.overload(loads, ranks), rows),
+            "overload": _overload(rows, ranks),
             "spread": last.spread(),
             "drift": last.drift,
             "gain": last.gain,
@@ -88,46 +99,56 @@ def layer_table(model: Sequence[nn.Module], pipeline: dist.ProcessGroup | None =
             "refused": torch.as_tensor(balancer.rejections).to(device).expand(len(rows)),
             "disagreements": torch.full((len(rows),), balancer.disagreements, device=device),
             "detail": torch.full((len(rows),), float(_wants_detail(balancer)), device=device),
+            "counted": last.counted(),
             "present": torch.ones(len(rows), device=device),
         }
-        found = torch.stack([columns[name].double() for name in _COLUMNS], dim=1)
-        for layer, row in zip(last.layers, found, strict=True):
-            if 1 <= layer <= every:  # a host may number its layers in a way that is not known here: left out, not fatal
-                table[layer - 1] = row
-    if spread_over_stages:
+        table[before : before + len(rows)] = torch.stack([columns[name].double() for name in _COLUMNS], dim=1)
+    if stages > 1:
         dist.all_reduce(table, group=pipeline)
     return table
+
+
+def _paths_of_all_stages(model: Sequence[nn.Module], pipeline: dist.ProcessGroup | None) -> list[str]:
+    mine = balancer_of(model).paths
+    if pipeline is None or pipeline.size() == 1:
+        return mine
+    stages: list[list[str]] = [[]] * pipeline.size()
+    dist.all_gather_object(stages, mine, group=pipeline)
+    return [path for paths in stages for path in paths]
 
 
 def _wants_detail(balancer: Balancer) -> bool:
     return any(router.alf is not None and router.alf.log_layers for router in balancer.routers)
 
 
-def _config_of(model: Sequence[nn.Module]) -> Any:
-    """Megatron-Core's configuration of the model, through whatever is wrapped around it."""
-    for module in model[0].modules():
-        if hasattr(module, "config") and hasattr(module.config, "moe_router_topk"):
-            return module.config
-    raise TypeError(f"{type(model[0]).__name__} holds no module of Megatron-Core's")
+def _overload(rows: Sequence[Tensor], ranks: Sequence[int]) -> Tensor:
+    """`metrics.overload` of each row; stacks of a model may differ in their expert parallelism."""
+    if len(set(ranks)) == 1:
+        return metrics.of_layers(lambda loads: metrics.overload(loads, ranks[0]), rows)
+    return torch.stack([metrics.overload(loads, of) for loads, of in zip(rows, ranks, strict=True)])
 
 
 def balance_metrics(model: Sequence[nn.Module], pipeline: dist.ProcessGroup | None = None) -> dict[str, Tensor]:
     """All of `DESCRIPTIONS` that there are, float32 scalars on the device; empty before the first update.
 
-    With `--alflb-log-layers` also `MaxVio layer N` and `expert bias spread layer N`. Every rank of `pipeline`, the
+    With `--alflb-log-layers` also `MaxVio layer N` and `expert bias spread layer N`, or the router's path in place of
+    `layer N` where a number stands for several. Every rank of `pipeline`, the
     pipeline-parallel group, has to call it.
     """
-    table = layer_table(model, pipeline)
+    table = router_table(model, pipeline)
     if table is None:
         return {}
     of = dict(zip(_COLUMNS, table.unbind(1), strict=True))
-    there = of["present"] > 0
-    layers = there.nonzero().flatten().tolist()
-    if not layers:
+    if not of["present"].any():
         return {}
-    of = {name: column[there] for name, column in of.items()}
+    counted = (of["counted"] > 0).nonzero().flatten()
+    counted = counted[of["layer"][counted].argsort(stable=True)]
+    if not len(counted):
+        return {COUNTED: counted.new_zeros((), dtype=torch.float32)}
+    of = {name: column[counted] for name, column in of.items()}
     vio, gain, curvature = of["vio"], of["gain"], of["curvature"]
     shown = {
+        COUNTED: of["counted"].sum(),
         "MaxVio": vio.mean(),
         "MaxVio p50": vio.quantile(0.5),
         "MaxVio p90": vio.quantile(0.9),
@@ -151,15 +172,19 @@ def balance_metrics(model: Sequence[nn.Module], pipeline: dist.ProcessGroup | No
     if curvature.isfinite().any():
         shown["curvature"] = curvature[curvature.isfinite()].min()
     if of["detail"].any():
-        for row, layer in enumerate(layers):
-            shown[f"MaxVio layer {layer + 1}"] = vio[row]
-            shown[f"expert bias spread layer {layer + 1}"] = of["spread"][row]
+        layers = of["layer"].int().tolist()
+        paths = [""] * len(table)
+        if len(set(layers)) < len(layers):  # on every rank alike: the table is the same on all
+            paths = _paths_of_all_stages(model, pipeline)
+        for row, label in enumerate(labels(layers, [paths[index] for index in counted.tolist()])):
+            shown[f"MaxVio {label}"] = vio[row]
+            shown[f"expert bias spread {label}"] = of["spread"][row]
     return {name: value.float() for name, value in shown.items()}
 
 
 def log_line(shown: dict[str, Tensor]) -> dict[str, Tensor]:
-    """What of `balance_metrics` a trainer's log line of text has room for."""
-    return {name: shown[name] for name in LOG_LINE_KEYS if name in shown}
+    """What of `balance_metrics` a trainer's log line of text has room for, or that nothing was counted."""
+    return {name: shown[name] for name in LOG_LINE_KEYS if name in shown} or shown
 
 
 def writer_metrics(shown: dict[str, Tensor]) -> dict[str, float]:

@@ -65,6 +65,7 @@ def _launch_and_kill(folder: Path, after_step: int, *words: str) -> None:
     for one in [psutil.Process(process.pid), *ranks_]:
         one.kill()
     process.wait()
+    psutil.wait_procs(ranks_)  # they are not ours to wait for, and hold the folder until they are gone
     assert len(_metrics(folder)) < STEPS, "the run ended before it could be killed"
 
 

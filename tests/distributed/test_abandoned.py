@@ -1,0 +1,219 @@
+"""A global batch that ends early, wherever it does, leaves nothing behind that a later one counts."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from megatron.core.distributed import finalize_model_grads
+
+from tests.distributed import jobs, ranks
+
+
+class Failed(Exception):
+    """What the tests raise inside a step; trainers that go on catch it."""
+
+
+def _plan(enabled: bool, micro_batches: int, **job: Any) -> Any:
+    split = {"nproc": 1, "pp": 1, "vpp": 1, **job}
+    size = 2 * micro_batches * split["nproc"] // split["pp"]
+    rule = "none" if enabled else "sign"
+    layers = 2 * split["pp"] * split["vpp"]
+    return jobs.plan({"rule": rule, "micro_batch_size": 2, "global_batch_size": size, **split}, {"num_layers": layers})
+
+
+class Trainer:
+    """Steps of given numbers of micro-batches of two sequences of 32 tokens, each token to two experts."""
+
+    def __init__(self, enabled: bool, **job: Any) -> None:
+        self.enabled, self.job = enabled, job
+        self.runner = jobs.Runner(_plan(enabled, 2, **job))
+        if enabled:  # what updates is the one line alone
+            self.runner.setup.config.finalize_model_grads_func = finalize_model_grads
+        self.chunks = self.runner.setup.chunks
+
+    def step(self, micro_batches: int, zero: bool = True, optimizer: bool = True) -> None:
+        self.runner.plan = _plan(self.enabled, micro_batches, **self.job)
+        for chunk in self.chunks if zero else ():
+            chunk.zero_grad_buffer()
+        self.runner.forward_backward(micro_batches)
+        if optimizer:
+            self.runner.setup.optimizer.step()
+
+    def loads(self) -> int:
+        """Tokens of one layer in the last global batch, K=2 times."""
+        from alflb_megatron.hosts.core import balancer_of
+
+        return int(balancer_of(self.chunks).last.loads[0].sum())
+
+    def n(self) -> int:
+        from alflb_megatron.hosts.core import balancer_of
+
+        return int(balancer_of(self.chunks).routers[0].alf_n)
+
+
+@contextlib.contextmanager
+def _training(enabled: bool, **job: Any) -> Iterator[Trainer]:
+    import alflb_megatron
+
+    if enabled:
+        alflb_megatron.enable(rule="sign")
+    try:
+        with ranks.model_parallel(**jobs.sizes(_plan(enabled, 2, **job))):
+            yield Trainer(enabled, **job)
+    finally:
+        alflb_megatron.disable()
+
+
+def _fail(*args: Any, **kwargs: Any) -> None:
+    raise Failed
+
+
+@contextlib.contextmanager
+def _failing(owner: Any, name: str, after: int = 0) -> Iterator[None]:
+    """Within the block a function works `after` times and then raises."""
+    original = getattr(owner, name)
+    calls = 0
+
+    def function(*args: Any, **kwargs: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        return _fail() if calls > after else original(*args, **kwargs)
+
+    setattr(owner, name, function)
+    try:
+        yield
+    finally:
+        setattr(owner, name, original)
+
+
+def _in_forward(trainer: Trainer) -> Any:
+    return _failing(trainer.runner, "_forward_step", after=2)
+
+
+def _in_backward(trainer: Trainer) -> Any:
+    from megatron.core.pipeline_parallel import schedules
+
+    return _failing(schedules, "backward_step", after=1)
+
+
+def _in_gradient_reduction(trainer: Trainer) -> Any:
+    return _failing(trainer.chunks[0], "finish_grad_sync")
+
+
+def _in_the_optimizer(trainer: Trainer) -> Any:
+    return _failing(trainer.runner.setup.optimizer, "step")
+
+
+PLACES = [_in_forward, _in_backward, _in_gradient_reduction, _in_the_optimizer]
+
+
+def _abandoned(place: Callable[[Trainer], Any], enabled: bool, first: bool) -> list[int]:
+    """Loads of steps of 1, 2, 1 micro-batches after one of 3 that failed; `first`: nothing went before it."""
+    with _training(enabled) as trainer:
+        if not first:
+            trainer.step(2)
+        with pytest.raises(Failed), place(trainer):
+            trainer.step(3)
+        found = []
+        for micro_batches in (1, 2, 1):
+            trainer.step(micro_batches)
+            found.append(trainer.loads())
+        return found
+
+
+@pytest.mark.parametrize("enabled", [True, False])
+@pytest.mark.parametrize("place", PLACES)
+def test_a_step_that_failed_leaves_nothing_for_the_next(place: Callable[[Trainer], Any], enabled: bool) -> None:
+    for first in (True, False):
+        (found,) = ranks.run(1, _abandoned, place, enabled, first)
+        assert found == [128, 256, 128], f"first: {first}"
+
+
+def _not_zeroed(enabled: bool) -> list[int]:
+    """The gradient reduction fails, and the trainer goes on without zeroing its gradients."""
+    with _training(enabled) as trainer:
+        trainer.step(2)
+        with pytest.raises(Failed), _in_gradient_reduction(trainer):
+            trainer.step(3)
+        found = []
+        for micro_batches in (1, 2, 1):
+            trainer.step(micro_batches, zero=False)
+            found.append(trainer.loads())
+        return found
+
+
+@pytest.mark.parametrize("enabled", [True, False])
+def test_nor_where_gradients_are_not_zeroed(enabled: bool) -> None:
+    (found,) = ranks.run(1, _not_zeroed, enabled)
+    assert found == [128, 256, 128]
+
+
+def _interleaved(place: Callable[[Trainer], Any]) -> list[int]:
+    with _training(True, nproc=2, pp=2, vpp=2) as trainer:
+        with pytest.raises(Failed), place(trainer):
+            trainer.step(4)
+        trainer.step(2)
+        return [trainer.loads(), sum(_left(chunk) for chunk in trainer.chunks)]
+
+
+@pytest.mark.parametrize("place", [_in_gradient_reduction, _in_the_optimizer])
+def test_nor_one_of_an_interleaved_pipeline(place: Callable[[Trainer], Any]) -> None:
+    assert ranks.run(2, _interleaved, place) == [[256, 0]] * 2
+
+
+def _left(chunk: torch.nn.Module) -> int:
+    from alflb_megatron.loads import LoadCounter
+
+    return sum(int(module.tokens_per_expert.sum()) for module in chunk.modules() if isinstance(module, LoadCounter))
+
+
+def _disabled_meanwhile() -> dict[str, Any]:
+    import alflb_megatron
+
+    with _training(True) as trainer:
+        trainer.step(2)
+        alflb_megatron.disable()
+        for _ in range(3):
+            trainer.step(2)
+        before = trainer.n()
+        alflb_megatron.enable(rule="sign")
+        trainer.step(1, zero=False)
+        return {"n while disabled": before, "n": trainer.n(), "loads": trainer.loads()}
+
+
+def test_steps_while_disabled_are_not_counted_once_it_is_enabled_again() -> None:
+    (found,) = ranks.run(1, _disabled_meanwhile)
+    assert found == {"n while disabled": 1, "n": 2, "loads": 128}
+
+
+def _disagreed() -> dict[str, Any]:
+    """A check that stops on a bias that differs, which the trainer catches."""
+    import dataclasses
+
+    from alflb_megatron.agreement import DisagreementError
+    from alflb_megatron.hosts.core import balancer_of
+
+    with _training(False, nproc=2) as trainer:
+        balancer = balancer_of(trainer.chunks)
+        router: Any = balancer.routers[0]
+        router.alf = dataclasses.replace(router.alf, check_every=1, on_disagreement="stop")
+        trainer.step(2)
+        whole = trainer.loads()
+        if torch.distributed.get_rank() == 0:
+            router.expert_bias += 1
+        with pytest.raises(DisagreementError):
+            trainer.step(4)
+        left = _left(trainer.chunks[0])
+        router.expert_bias.zero_()
+        trainer.step(2, zero=False)
+        return {"left": left, "whole": whole, "loads": trainer.loads()}
+
+
+def test_a_disagreement_that_stops_leaves_nothing_either() -> None:
+    for found in ranks.run(2, _disagreed):
+        assert found["left"] == 0
+        assert found["loads"] == found["whole"] == 512
