@@ -11,7 +11,6 @@ by more than one way.
 from __future__ import annotations
 
 import logging
-from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import cast
@@ -25,7 +24,8 @@ from alflb_megatron.agreement import DisagreementError
 from alflb_megatron.alarms import Alarms
 from alflb_megatron.config import PREFIX, ALFConfig
 from alflb_megatron.loads import LoadAllReduce, reset
-from alflb_megatron.update import BalancedRouter, Outcome, update
+from alflb_megatron.update import BalancedRouter, MicroBatches, Outcome, Shown, alike, update
+from alflb_megatron.within_batch import WithinBatch
 
 logger = logging.getLogger(__name__)
 
@@ -40,7 +40,8 @@ class Record:
     drift: float32 [layers], the largest move of a bias, score units. gain: float32 [layers], the rule's gain, NaN where
     it has none. curvature: float64 [layers], mean eigenvalue of the dual's Hessian on the zero-sum subspace per token
     (lab/theory/curvature.py: the modulus of strong convexity is at most that), NaN where margins are not measured.
-    alarms: lines given after this update.
+    alarms: lines given after this update. micro_batches: what they did, where they move the bias
+    (`--alflb-update-every micro-batch`), else None.
     """
 
     layers: tuple[int, ...]
@@ -51,6 +52,7 @@ class Record:
     gain: Tensor
     curvature: Tensor
     alarms: tuple[str, ...] = ()
+    micro_batches: MicroBatches | None = None
 
     def counted(self) -> Tensor:
         """Whether a layer saw any token, bool [layers]: one in evaluation mode, or a copy not in use, saw none."""
@@ -101,11 +103,14 @@ class Balancer:
     def launch(self) -> None:
         """Starts the all-reduce of this global batch's loads. Nothing happens while one is under way."""
         if self._sum is None and self.routers:
+            for within in self._within:
+                within.finish()
             self._digests = (
                 [agreement.digest(_replicated_state(router)) for router in self._ours()] if self._is_checked() else []
             )
             checksum = agreement.checksum(self._digests) if self._digests else None
-            self._sum = LoadAllReduce([router.load_counter for router in self.routers], self.group, piggyback=checksum)
+            counters = [router.load_counter for router in self.routers]
+            self._sum = LoadAllReduce(counters, self.group, self._needs_histograms(), checksum)
 
     @torch.no_grad()
     def commit(self) -> Record | None:
@@ -124,24 +129,53 @@ class Balancer:
         disagreement = self._check(checksum) if self._digests else ""
         device = seen[0].nonfinite.device
         outcome = Outcome.of_nothing(len(seen), device)
-        for config, routers in self._alike():
-            rows = update(config, [self.routers[i] for i in routers], [seen[i] for i in routers])
-            outcome.put(self._index(tuple(routers), device), rows)
+        for config, indices in alike(self.routers):
+            routers = [self.routers[i] for i in indices]
+            rows = update(config, routers, [seen[i] for i in indices], self._shown(routers))
+            outcome.put(self._index(tuple(indices), device), rows)
         self.updates += 1
         self.rejections = self.rejections + outcome.rejected
         self.last = Record(
             layers=self.layers,
             loads=tuple(layer.loads_E for layer in seen),
             bias=tuple(None if router.expert_bias is None else router.expert_bias.clone() for router in self.routers),
+            micro_batches=self._micro_batches(device),
             **vars(outcome),
         )
+        for within in self._within:
+            within.end(committed=True)
         self._raise_alarms(disagreement)
         self._log()
         return self.last
 
+    def _needs_histograms(self) -> bool:
+        """Whether a rule is to be shown margins that micro-batches have not shown it already."""
+
+        def shown(router: BalancedRouter) -> bool:
+            within: WithinBatch | None = getattr(router, "within_batch", None)
+            return within is not None and within.micro_batches > 1
+
+        return not all(router.load_counter.histogram_EB is None or shown(router) for router in self.routers)
+
+    def _micro_batches(self, device: torch.device) -> MicroBatches | None:
+        """What was seen of micro-batches, a row a router; None where they move no bias."""
+        found = MicroBatches.of_none(len(self.routers), device)
+        for within in self._within:
+            rows = [
+                index for index, router in enumerate(self.routers) if getattr(router, "within_batch", None) is within
+            ]
+            found.put(self._index(tuple(rows), device), within.figures())
+        return found if found.count else None
+
+    def _shown(self, routers: list[BalancedRouter]) -> Shown | None:
+        within: WithinBatch | None = getattr(routers[0], "within_batch", None)
+        return None if within is None else within.shown(routers)
+
     def discard(self) -> None:
         """Forgets what was counted since the last commit, and an all-reduce under way; no bias moves."""
         self.abandon()
+        for within in self._within:
+            within.end(committed=False)
         reset([router.load_counter for router in self.routers])
 
     def abandon(self) -> None:
@@ -157,13 +191,11 @@ class Balancer:
             self._sum.wait()
             self._sum = None
 
-    def _alike(self) -> list[tuple[ALFConfig, list[int]]]:
-        """Indices of the routers that can be stepped as one [L, E] stack: same settings, same width."""
-        stacks: dict[tuple[ALFConfig, int], list[int]] = defaultdict(list)
-        for index, router in enumerate(self.routers):
-            if router.alf is not None and not getattr(router, "stands_still", router.alf.frozen):
-                stacks[router.alf, router.load_counter.tokens_per_expert.numel()].append(index)
-        return [(config, indices) for (config, _), indices in stacks.items()]
+    @property
+    def _within(self) -> list[WithinBatch]:
+        """What moves biases inside the global batch, one a chunk that has such routers."""
+        found = [getattr(router, "within_batch", None) for router in self.routers]
+        return list({id(within): within for within in found if within is not None}.values())
 
     def _index(self, routers: tuple[int, ...], device: torch.device) -> Tensor:
         """Indices of routers on the device, made once: a copy to it waits for it."""

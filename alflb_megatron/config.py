@@ -36,6 +36,11 @@ class ALFConfig:
         "where the bias is added: to the scores the gate produces, or to the logits before its activation",
         choices=("score", "logit"),
     )
+    update_every: str = knob(
+        "global-batch",
+        "what moves the bias that tokens are routed with: a global batch, or each of its micro-batches too",
+        choices=("global-batch", "micro-batch"),
+    )
     centring: bool = knob(True, "keep the biases of a layer at mean zero; the choice of experts does not change")
     frozen: bool = knob(False, "watch only: loads are counted and reported, the bias stays as it is")
     stop_after: int = knob(

@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from alflb_megatron import margins
-from alflb_megatron.recomputation import repeats_a_pass_with_gradients
+from alflb_megatron.recomputation import is_first_pass
 
 
 class LoadCounts(NamedTuple):
@@ -78,14 +78,8 @@ class LoadCounter(nn.Module):
         _LIVE.add(self)  # a deep copy, or one that was pickled
 
     def is_counting(self, training: bool) -> bool:
-        """Whether a forward pass belongs to the global batch that is being counted.
-
-        Of a layer that is run twice (`recomputation`) one pass counts, the first that runs with gradients. Evaluation
-        is left out by `training`, so a forward pass with gradients in evaluation mode does not leak in.
-        """
-        if self.counting_all:
-            return True
-        return training and torch.is_grad_enabled() and not repeats_a_pass_with_gradients()
+        """Whether a forward pass belongs to the global batch that is being counted (`recomputation.is_first_pass`)."""
+        return self.counting_all or is_first_pass(training)
 
     @property
     def wants_margins(self) -> bool:

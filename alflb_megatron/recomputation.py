@@ -1,28 +1,106 @@
 """Which forward passes are second ones: activation recomputation runs a layer again during the backward pass.
 
-Reentrant checkpointing (Megatron-Core's, Transformer Engine's) runs the first pass without gradients, so the second is
-the one to count. Non-reentrant checkpointing (`torch.utils.checkpoint` with `use_reentrant=False`) runs both with
-gradients, so there the second must not be counted again.
+The first pass of a layer is the one that counts; the second has to choose the experts of the first. Both stand inside
+the same checkpoint, which is found by looking up the stack:
+
+    reentrant       `forward` and `backward` of an autograd function share their `ctx` (Megatron-Core's, Transformer
+                    Engine's, torch's); the first pass runs without gradients
+    non-reentrant   `checkpoint` and, where backward asks for a saved tensor, `unpack_hook` share a frame object
+                    (`torch.utils.checkpoint` with `use_reentrant=False`, Transformer Engine's); both have gradients
+
+That needs no name of any library but these, and holds in any order of forward and backward passes.
 """
 
 from __future__ import annotations
 
 import sys
+from collections import deque
+from types import FrameType
+from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
 
-def repeats_a_pass_with_gradients() -> bool:
-    """Whether the forward pass that calls this is the second one of non-reentrant checkpointing.
+class Checkpoint(NamedTuple):
+    """A checkpoint around a forward pass: the object that stands for it in both of its passes, and which this is."""
 
-    Such a pass begins where the backward pass asks for a saved tensor (`unpack_hook`), a reentrant one in the
-    `backward` of a function; nested ones are told by the nearer.
-    """
-    if torch.compiler.is_compiling() or torch._C._current_graph_task_id() == -1:
-        return False
-    frame = sys._getframe(1)
+    key: Any
+    second: bool
+
+
+def enclosing() -> list[Checkpoint]:
+    """The checkpoints around the forward pass that calls this, innermost first, up to one in its second pass."""
+    if torch.compiler.is_compiling():
+        return []
+    found: list[Checkpoint] = []
+    frame: FrameType | None = sys._getframe(1)
     while frame is not None:
-        if frame.f_code.co_name in ("unpack_hook", "backward"):
-            return frame.f_code.co_name == "unpack_hook"
-        frame = frame.f_back  # type: ignore[assignment]
-    return False
+        checkpoint = _checkpoint_of(frame)
+        if checkpoint is not None:
+            found.append(checkpoint)
+            if checkpoint.second:
+                break
+        frame = frame.f_back
+    return found
+
+
+def _checkpoint_of(frame: FrameType) -> Checkpoint | None:
+    name = frame.f_code.co_name
+    if name in ("forward", "backward") and frame.f_code.co_varnames[:1] == ("ctx",):
+        return Checkpoint(frame.f_locals["ctx"], name == "backward")
+    if name == "unpack_hook" and "frame" in frame.f_code.co_freevars:
+        return Checkpoint(frame.f_locals["frame"], True)
+    if name == "checkpoint":
+        generator = frame.f_locals.get("gen")
+        held = getattr(generator, "gi_frame", None)
+        key = (held or frame).f_locals.get("new_frame")
+        return None if key is None else Checkpoint(key, False)
+    return None
+
+
+def is_first_pass(training: bool) -> bool:
+    """Whether a forward pass trains on its tokens for the first time: the one that counts them.
+
+    Left out are evaluation, passes without gradients that no backward pass follows, and second passes.
+    """
+    if not training:
+        return False
+    with_gradients = torch.is_grad_enabled()
+    if with_gradients and not _in_backward():
+        return True
+    checkpoints = enclosing()
+    if checkpoints and checkpoints[-1].second:
+        return False
+    # In a backward pass a checkpoint of an unknown kind: its first pass, without gradients, was not seen as one.
+    return with_gradients or bool(checkpoints)
+
+
+def _in_backward() -> bool:
+    return torch._C._current_graph_task_id() != -1
+
+
+def in_unknown_recomputation() -> bool:
+    """Whether this pass runs inside a backward pass, in no checkpoint that `enclosing` can tell."""
+    return _in_backward() and not enclosing()
+
+
+_KEPT = "_alflb_biases"
+
+
+def keep_bias(checkpoints: list[Checkpoint], router: object, bias_E: Tensor) -> None:
+    """Keeps the bias of a first pass with the checkpoints around it, for their second; it goes with their graph."""
+    for checkpoint in checkpoints:
+        if not checkpoint.second:
+            kept: dict[int, deque[Tensor]] = getattr(checkpoint.key, _KEPT, {})
+            setattr(checkpoint.key, _KEPT, kept)
+            kept.setdefault(id(router), deque()).append(bias_E)
+
+
+def kept_bias(checkpoint: Checkpoint, router: object) -> Tensor | None:
+    """The bias that the first pass of this router in `checkpoint` had; call by call, where it has several."""
+    biases = getattr(checkpoint.key, _KEPT, {}).get(id(router))
+    if not biases:
+        return None
+    biases.rotate(-1)  # a graph that is kept is run again from the first
+    return biases[-1]

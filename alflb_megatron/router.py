@@ -8,7 +8,6 @@ experts (`routing.select`) and the counting of demand (`loads.LoadCounter`). Its
 from __future__ import annotations
 
 import logging
-import re
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -23,8 +22,10 @@ from megatron.core.transformer.moe.router_replay import RouterReplayAction
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
+from alflb_megatron import recomputation
 from alflb_megatron.config import ALFConfig
 from alflb_megatron.loads import LoadCounter
+from alflb_megatron.router_checks import check_router_config
 from alflb_megatron.router_state import ExpertBiasRouter, log_once
 from alflb_megatron.routing import Gate, group_limited_topk, margins_of_map, scores_of, select
 from alflb_megatron.settings import SettingError
@@ -88,6 +89,7 @@ class ALFRouter(ExpertBiasRouter):
 
     # -- routing ---------------------------------------------------------------------------------------------------
 
+    @torch.compiler.disable  # what is counted depends on which pass this is, which a compiled graph would bake in
     def routing(self, logits: Tensor, padding_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Chooses experts for one micro-batch and counts the demand.
 
@@ -117,7 +119,7 @@ class ALFRouter(ExpertBiasRouter):
         return probs_TE, map_TE
 
     def _choose(self, logits_TE: Tensor, valid_T: Tensor | None) -> tuple[Tensor, Tensor]:
-        counting = self.load_counter.is_counting(self.training)
+        bias_E, counting = self._begin_pass()
         with_margins = counting and self.load_counter.wants_margins
         if counting:
             self._warn_if_never_updated()
@@ -136,15 +138,16 @@ class ALFRouter(ExpertBiasRouter):
                 group_topk=self.gate.group_topk,
                 scaling_factor=self.gate.scaling_factor,
                 score_function=self.gate.score_function,
-                expert_bias=self.expert_bias,
+                expert_bias=bias_E,
                 fused=True,
             )
             if counting:
-                margins_TE = margins_of_map(logits_TE, self.gate, self.expert_bias, map_TE) if with_margins else None
+                margins_TE = margins_of_map(logits_TE, self.gate, bias_E, map_TE) if with_margins else None
                 self.load_counter.observe_map(map_TE, valid_T, weights_TE=probs_TE, margins_TE=margins_TE)
+                self._end_pass()
             return probs_TE, map_TE
         dictated = self._is_dictated()
-        choice = select(logits_TE, self.gate, self.expert_bias, self._replayed_topk(), with_margins and not dictated)
+        choice = select(logits_TE, self.gate, bias_E, self._replayed_topk(), with_margins and not dictated)
         if counting:
             self.load_counter.observe(
                 choice.experts_TK,
@@ -153,6 +156,7 @@ class ALFRouter(ExpertBiasRouter):
                 margins_TE=choice.margins_TE,
                 dictated=dictated,
             )
+            self._end_pass()
         return choice.probs_TE, choice.map_TE
 
     def _replayed_topk(self) -> Any:
@@ -165,6 +169,35 @@ class ALFRouter(ExpertBiasRouter):
             return replay.get_replay_topk(scores_TE, k, groups, group_topk, group_limited_topk)
 
         return topk
+
+    def _begin_pass(self) -> tuple[Tensor, bool]:
+        """The bias to route with, and whether the pass counts.
+
+        Where micro-batches move the bias, a second pass routes with that of its first.
+        """
+        within, counter = self.within_batch, self.load_counter
+        if within is None or not self.training or counter.counting_all:
+            return self.expert_bias, counter.is_counting(self.training)
+        checkpoints = recomputation.enclosing()
+        if checkpoints and checkpoints[-1].second:
+            counting, kept = False, recomputation.kept_bias(checkpoints[-1], self)
+        else:
+            counting = torch.is_grad_enabled() or bool(checkpoints)
+            unknown = counting and recomputation.in_unknown_recomputation()
+            kept = None if unknown else within.begin_pass(self) if counting else within.bias_of(self)
+        if kept is None:
+            raise SettingError(
+                "--alflb-update-every",
+                "micro-batch",
+                "needs checkpoints whose first pass is seen (Megatron-Core's, Transformer Engine's, torch's): this "
+                "recomputation could not choose the experts of its first pass; use global-batch",
+            )
+        recomputation.keep_bias(checkpoints, self, kept)
+        return kept, counting
+
+    def _end_pass(self) -> None:
+        if self.within_batch is not None and not self.load_counter.counting_all:
+            self.within_batch.end_pass(self)
 
     def _is_dictated(self) -> bool:
         """Whether Megatron's router replay gives the experts: their loads are no answer to the bias."""
@@ -193,65 +226,3 @@ class ALFRouter(ExpertBiasRouter):
                 "the expert bias. Is config.finalize_model_grads_func wrapped (alflb_megatron.hosts.core.install)?",
                 stacklevel=2,
             )
-
-
-def check_router_config(config: TransformerConfig, alf: ALFConfig) -> None:
-    """Refuses settings of the host that cannot work with an expert bias; `SettingError` names the host's flag."""
-    balancing = config.moe_router_load_balancing_type
-    if {"sinkhorn", "quantile_balancing"} & ({balancing} if isinstance(balancing, str) else set(balancing)):
-        raise SettingError(
-            "--moe-router-load-balancing-type",
-            config.moe_router_load_balancing_type,
-            "chooses experts by itself; with ALF-LB use none, aux_loss, seq_aux_loss or global_aux_loss",
-        )
-    graphs = f"{getattr(config, 'cuda_graph_impl', '')} {getattr(config, 'cuda_graph_scope', '')}"
-    if re.search(r"full_iteration\b(?!_inference)", graphs):
-        raise SettingError(
-            "--cuda-graph-impl",
-            "full_iteration",
-            "replays a whole step without Python, in which the bias is updated; use graphs of layers",
-        )
-    if config.moe_router_topk > config.num_moe_experts:
-        raise SettingError(
-            "--moe-router-topk", config.moe_router_topk, f"must be at most the {config.num_moe_experts} experts"
-        )
-    if config.moe_router_num_groups and config.moe_router_group_topk:
-        _check_groups(config)
-    if config.moe_router_fusion and config.moe_router_score_function != "sigmoid":
-        raise SettingError(
-            "--moe-router-fusion",
-            True,
-            "Transformer Engine's fused router takes an expert bias with the sigmoid gate only; "
-            f"switch it off for the {config.moe_router_score_function} gate",
-        )
-    if config.moe_router_fusion and config.moe_enable_routing_replay:
-        raise SettingError(
-            "--moe-enable-routing-replay",
-            True,
-            "has no effect in Transformer Engine's fused router; switch --moe-router-fusion off",
-        )
-    if config.moe_router_fusion and alf.score_unit != "score":
-        raise SettingError(
-            "--alflb-score-unit",
-            alf.score_unit,
-            "must be score with --moe-router-fusion, which adds the bias to scores",
-        )
-
-
-def _check_groups(config: TransformerConfig) -> None:
-    """Whether the groups that are chosen have K experts to give; that they divide the experts, Megatron-Core checks."""
-    flag, topk, experts = "--moe-router-group-topk", config.moe_router_topk, config.num_moe_experts
-    groups, chosen = config.moe_router_num_groups, config.moe_router_group_topk
-    if topk < chosen:
-        raise SettingError(
-            flag,
-            chosen,
-            f"must be at most --moe-router-topk, {topk}: a group's worth is that of its "
-            "topk / group_topk best experts, which would be none",
-        )
-    if topk > chosen * (experts // groups):
-        raise SettingError(
-            flag,
-            chosen,
-            f"gives a token {chosen} groups of {experts // groups} experts, fewer than --moe-router-topk {topk}",
-        )

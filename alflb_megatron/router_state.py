@@ -27,7 +27,9 @@ from torch import Tensor
 
 from alflb_megatron import rules
 from alflb_megatron.config import ALFConfig
+from alflb_megatron.loads import LoadCounter, reset
 from alflb_megatron.rules import State
+from alflb_megatron.within_batch import WithinBatch
 
 logger = logging.getLogger(__name__)
 
@@ -59,9 +61,13 @@ class ExpertBiasRouter(TopKRouter):
     """
 
     alf: ALFConfig
+    load_counter: LoadCounter
     expert_bias: Tensor
     alf_n: Tensor
     alf_rule: Tensor
+    batch_bias: Tensor
+    alf_micro_batches: Tensor
+    within_batch: WithinBatch | None = None
 
     @property
     def stands_still(self) -> bool:
@@ -72,7 +78,7 @@ class ExpertBiasRouter(TopKRouter):
         """
         if self.alf.frozen or getattr(self, "frozen_expert_bias", False):  # by --freeze-all-layers
             return True
-        untrained = not any(parameter.requires_grad for parameter in self.parameters(recurse=False))
+        untrained = not any(parameter.requires_grad for parameter in self.parameters())
         if untrained:
             log_once("the weights of some routers are not trained: their biases stand still")
         return untrained
@@ -81,13 +87,21 @@ class ExpertBiasRouter(TopKRouter):
         """Registers the buffers: bias 0, n 0, rule state at its beginning. ValueError where a rule's name is taken."""
         self._new_buffer("expert_bias", torch.zeros(self.num_experts, dtype=torch.float32, device=device))
         rows = self._first_state()
-        if taken := {"n", "rule"} & rows.keys():
+        if taken := {"n", "rule", "micro_batches"} & rows.keys():
             raise ValueError(f"rule {self.alf.rule}: no state may be named {taken.pop()}, which every router keeps")
         self._new_buffer("alf_n", torch.zeros(1, dtype=torch.int64, device=device))
         self._new_buffer("alf_rule", torch.tensor([rule_id(self.alf.rule)], device=device))
         self._state_names = tuple(rows)
         for name, row in rows.items():
             self._new_buffer(STATE_PREFIX + name, row.to(device))
+        if self.moves_within_batch:
+            self._new_buffer("alf_micro_batches", torch.zeros(1, dtype=torch.int64, device=device))
+            self.register_buffer("batch_bias", torch.zeros_like(self.expert_bias), persistent=False)
+
+    @property
+    def moves_within_batch(self) -> bool:
+        """Whether micro-batches move the bias that tokens are routed with (`within_batch`)."""
+        return self.alf.update_every == "micro-batch" and not self.alf.frozen
 
     def _first_state(self) -> State:
         """The rule's state before the first update, on the CPU: this layer's row of each."""
@@ -106,6 +120,8 @@ class ExpertBiasRouter(TopKRouter):
         if "alf_rule" in self._buffers:  # the parent's constructor comes here before there are any
             self.start_from(torch.zeros_like(self.expert_bias))
             self.alf_rule.fill_(rule_id(self.alf.rule))
+            if self.moves_within_batch:
+                self.alf_micro_batches.zero_()
 
     def _new_buffer(self, name: str, value: Tensor) -> None:
         if hasattr(self, name):  # the parent leaves `expert_bias = None` where its own bias is off
@@ -142,13 +158,20 @@ class ExpertBiasRouter(TopKRouter):
         """
         shared = (dist.ProcessGroup, ProcessGroupCollection, TransformerConfig, RouterReplay)
         memo.update({id(value): value for value in vars(self).values() if isinstance(value, shared)})
+        if self.within_batch is not None:
+            memo[id(self.within_batch)] = None  # of the model that the copy will be in
         copied = type(self).__new__(type(self))
         memo[id(self)] = copied
         copied.__setstate__(copy.deepcopy(vars(self), memo))
+        for mine, its in zip(self.parameters(), copied.parameters(), strict=True):
+            vars(its).update(
+                vars(mine)
+            )  # what Megatron-Core marks parameters with: `sequence_parallel`, by which it sums
         return copied
 
     def _own_state(self) -> list[str]:
-        return ["expert_bias", "alf_n", "alf_rule", *(STATE_PREFIX + name for name in self._state_names)]
+        rows = [STATE_PREFIX + name for name in self._state_names]
+        return ["expert_bias", "alf_n", "alf_rule", *rows, *["alf_micro_batches"] * self.moves_within_batch]
 
     def _saved_state(self) -> list[str]:
         return ["expert_bias"] if self.alf.frozen else self._own_state()
@@ -162,7 +185,7 @@ class ExpertBiasRouter(TopKRouter):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> ExpertBiasRouter:
         """Moves to another device, but never rounds our state: `Float16Module` casts every floating buffer."""
-        exact = {name: getattr(self, name) for name in self._own_state()}
+        exact = {name: getattr(self, name) for name in [*self._own_state(), *["batch_bias"] * self.moves_within_batch]}
         super()._apply(fn, recurse)
         for name, value in exact.items():
             moved = getattr(self, name)
@@ -173,9 +196,10 @@ class ExpertBiasRouter(TopKRouter):
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
         """Loads, and says once what of a checkpoint is not carried on.
 
-        State of ours that `state_dict` lacks stays as it is, which in a new model is its beginning: it was written
-        without this package, or is a part of a model. Where another rule wrote it, its bias is taken and n and state
-        begin afresh: the n of u / n, or a gain learnt with another rule, would mislead this one.
+        State of ours that `state_dict` lacks begins afresh where the rest of the router is there: it was written
+        without this package. Where the router is left out of it, all stays as it is. Where another rule wrote it, its
+        bias is taken and n and state begin afresh: the n of u / n, or a gain learnt with another rule, would mislead
+        this one.
         """
         saved = self._saved_state()
         first = {STATE_PREFIX + name: row for name, row in self._first_state().items() if STATE_PREFIX + name in saved}
@@ -199,8 +223,18 @@ class ExpertBiasRouter(TopKRouter):
         for name in [n for n in state_dict if n.startswith(prefix + STATE_PREFIX)]:
             if name.removeprefix(prefix) not in saved:
                 del state_dict[name]  # another rule's, or of no use to a frozen router: a strict load would stop at it
+        beginning = {"alf_rule": self.alf_rule.new_tensor([rule_id(self.alf.rule)]), **first}
+        whole = prefix + "weight" in state_dict or prefix + "expert_bias" in state_dict
         for name in saved:
-            state_dict.setdefault(prefix + name, getattr(self, name))
+            mine = getattr(self, name)
+            if prefix + name in state_dict:
+                state_dict[prefix + name] = state_dict[prefix + name].to(
+                    mine.dtype
+                )  # a cast checkpoint may be assigned
+            else:
+                state_dict[prefix + name] = beginning.get(name, torch.zeros_like(mine)) if whole else mine
+        if whole:
+            reset([self.load_counter])
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
 

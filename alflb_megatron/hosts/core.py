@@ -29,9 +29,10 @@ from torch import nn
 from alflb_megatron.balancer import Balancer
 from alflb_megatron.config import ALFConfig
 from alflb_megatron.hosts.patching import Patch
-from alflb_megatron.hosts.routers import labels, named_routers
+from alflb_megatron.hosts.routers import NamedRouter, labels, named_routers
 from alflb_megatron.loads import LoadCounter, reset
 from alflb_megatron.router import ALFRouter
+from alflb_megatron.within_batch import WithinBatch
 
 logger = logging.getLogger(__name__)
 
@@ -140,20 +141,46 @@ def balancer_of(model: Sequence[nn.Module], group: dist.ProcessGroup | None = No
         before.withdraw()
         group = group or before.group
     if group is None and routers:
-        group = routers[0].tp_dp_cp_group
+        group = _one_group(found)
+    for chunk in model:
+        move_within_batch(chunk)
     layers = [named.layer for named in found]
     paths = [named.path for named in found]
     balancer = Balancer(routers, layers, group, paths, labels(layers, paths))
-    _BALANCERS[_bare(model[0])] = balancer
+    _BALANCERS[bare(model[0])] = balancer
+    for chunk in model:  # Megatron-FSDP's wrapper holds the method that its inner one had when it was made
+        if "zero_grad_buffer" in vars(chunk) and isinstance(inner := getattr(chunk, "module", None), nn.Module):
+            vars(chunk)["zero_grad_buffer"] = inner.zero_grad_buffer
     return balancer
+
+
+def _one_group(found: Sequence[NamedRouter]) -> dist.ProcessGroup | None:
+    """The group over which these routers sum their loads; ValueError where they have several."""
+    group = found[0].router.tp_dp_cp_group
+    if dist.is_initialized():
+        for named in found:
+            if dist.get_process_group_ranks(named.router.tp_dp_cp_group) != dist.get_process_group_ranks(group):
+                raise ValueError(
+                    f"{found[0].path} and {named.path} sum their loads over different ranks: ALF-LB serves one "
+                    "group of ranks a model"
+                )
+    return group
+
+
+def move_within_batch(chunk: nn.Module) -> None:
+    """Has the micro-batches of a chunk move the biases of those of its routers that are set so."""
+    routers = [module for module in chunk.modules() if isinstance(module, ALFRouter) and module.moves_within_batch]
+    if routers and (routers[0].within_batch is None or routers[0].within_batch.routers != routers):
+        existing = existing_balancer(chunk)
+        WithinBatch(routers, routers[0].tp_dp_cp_group if existing is None else existing.group)
 
 
 def existing_balancer(chunk: nn.Module) -> Balancer | None:
     """The balancer of the model whose first chunk this is; None before its first update."""
-    return _BALANCERS.get(_bare(chunk))
+    return _BALANCERS.get(bare(chunk))
 
 
-def _bare(chunk: nn.Module) -> nn.Module:
+def bare(chunk: nn.Module) -> nn.Module:
     """A chunk without DDP and Float16Module around it, which may come later."""
     while isinstance(inner := getattr(chunk, "module", None), nn.Module):
         chunk = inner
@@ -163,33 +190,41 @@ def _bare(chunk: nn.Module) -> nn.Module:
 # -- a global batch that ends early -----------------------------------------------------------------------------------
 
 _zeroing: list[Patch] = []
+_wanting: set[str] = set()
 
 
-def forget_with_gradients() -> None:
+def forget_with_gradients(mode: str) -> None:
     """Has loads forgotten where the gradients that came with them are zeroed; twice is once.
 
     Trainers call `zero_grad_buffer` of Megatron-Core's data-parallel wrappers where a global batch begins. Loads are
     left over there only if the one before was abandoned: in forward, backward or finalize, or for dummy data. That
-    method of each wrapper is replaced and marked `__alflb__`.
+    method of each wrapper is replaced and marked `__alflb__`. `mode`: who asks, the one line or `install`.
     """
+    _wanting.add(mode)
     if not _zeroing:
         wrappers = [_BaseDataParallel, DistributedDataParallel, getattr(mcore_fsdp_adapter, "MegatronFSDP", None)]
         _zeroing.extend(Patch(wrapper, "zero_grad_buffer", _forgetting) for wrapper in wrappers if wrapper is not None)
 
 
-def forget_with_gradients_no_more() -> None:
-    """Takes `forget_with_gradients` back."""
-    while _zeroing:
+def forget_with_gradients_no_more(mode: str) -> None:
+    """Takes `forget_with_gradients` back, once no mode wants it any more."""
+    _wanting.discard(mode)
+    while _zeroing and not _wanting:
         _zeroing.pop().undo()
 
 
 def _forgetting(original: Callable[..., Any]) -> Callable[..., Any]:
     def zero_grad_buffer(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        counters = [module for module in self.modules() if isinstance(module, LoadCounter)]
+        modules = list(self.modules())
+        counters = [module for module in modules if isinstance(module, LoadCounter)]
         for balancer in _BALANCERS.values() if counters else ():
             if any(router.load_counter is counter for router in balancer.routers for counter in counters):
                 balancer.withdraw()
         reset(counters)
+        for module in modules:
+            if isinstance(module, ALFRouter) and module.within_batch is not None:
+                module.within_batch.end(committed=False)
+        move_within_batch(self)  # before the first forward pass of the first global batch
         return original(self, *args, **kwargs)
 
     return zero_grad_buffer
@@ -232,7 +267,7 @@ def install(config: Any, group: dist.ProcessGroup | None = None) -> None:
     `group`: what loads are summed over, by default the routers' own TP x CP x DP group. Also does
     `forget_with_gradients`.
     """
-    forget_with_gradients()
+    forget_with_gradients("install")
     config.finalize_model_grads_func = update_hook(config.finalize_model_grads_func or finalize_model_grads, group)
 
 

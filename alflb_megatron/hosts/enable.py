@@ -10,6 +10,7 @@ import logging
 import sys
 from collections.abc import Callable
 from typing import Any
+from weakref import WeakKeyDictionary
 
 from megatron.core.dist_checkpointing.strategies import torch as torch_dist
 from megatron.core.transformer.moe.moe_layer import MoELayer
@@ -20,6 +21,7 @@ from alflb_megatron.hosts.absent_state import tolerating_absent_state
 from alflb_megatron.hosts.core import (
     RouterBuilder,
     balancer_of,
+    bare,
     existing_balancer,
     forget_with_gradients,
     forget_with_gradients_no_more,
@@ -37,8 +39,9 @@ _finalize_module = sys.modules["megatron.core.distributed.finalize_model_grads"]
 _enabled: ALFConfig | None = None
 _building: list[Patch] = []
 _updating: list[Patch] = []
-_finalizing: LoadAllReduce | None = None
-"""What is summed while finalize_model_grads has begun and not yet come to its last step."""
+_finalizing: WeakKeyDictionary[nn.Module, LoadAllReduce | None] = WeakKeyDictionary()
+"""What is summed of each model, by the first of its chunks, in whose finalize_model_grads it is: begun and not yet come
+to its last step."""
 
 
 def enable(alf: ALFConfig | None = None, **settings: Any) -> ALFConfig:
@@ -76,7 +79,7 @@ def update_everywhere() -> None:
         return
     reset_all()  # what routers counted while nothing updated them
     try:
-        forget_with_gradients()
+        forget_with_gradients("enable")
         for owner, name, wrap in (
             (_finalize_module, "get_model_config", _launching),
             (_finalize_module, "reset_model_temporary_tensors", _committing),
@@ -93,9 +96,9 @@ def disable() -> None:
 
     Models built meanwhile keep their router, which stands still.
     """
-    global _enabled, _finalizing
-    forget_with_gradients_no_more()
-    _finalizing = None
+    global _enabled
+    forget_with_gradients_no_more("enable")
+    _finalizing.clear()
     for patches in (_building, _updating):
         while patches:
             patches.pop().undo()
@@ -116,13 +119,12 @@ def _building_our_router(original: Callable[..., None]) -> Callable[..., None]:
 
 def _launching(original: Callable[..., Any]) -> Callable[..., Any]:
     def get_model_config(model: nn.Module) -> Any:
-        global _finalizing
         # Only the first chunk is seen here: in the very first global batch of several, their loads travel at commit.
         balancer = existing_balancer(model) or balancer_of([model])
-        if _finalizing is not None and balancer.under_way is _finalizing:
+        if balancer.under_way is not None and balancer.under_way is _finalizing.get(bare(model)):
             balancer.abandon()  # an earlier finalize raised, and the trainer went on
         balancer.launch()
-        _finalizing = balancer.under_way
+        _finalizing[bare(model)] = balancer.under_way
         return original(model)
 
     return get_model_config
@@ -130,15 +132,14 @@ def _launching(original: Callable[..., Any]) -> Callable[..., Any]:
 
 def _committing(original: Callable[..., Any]) -> Callable[..., Any]:
     def reset_model_temporary_tensors(config: Any, model: list[nn.Module]) -> Any:
-        global _finalizing
         balancer = balancer_of(model)
-        if _finalizing is not None:
+        if bare(model[0]) in _finalizing:
             balancer.launch()
             balancer.commit()
         else:
             # Called by itself: transformer/cuda_graphs.py throws away what passes on dummy data left behind.
             balancer.discard()
-        _finalizing = None
+        _finalizing.pop(bare(model[0]), None)
         return original(config, model)
 
     return reset_model_temporary_tensors

@@ -46,25 +46,16 @@ def bias_of(
     Raises:
         SettingError: no router has a bias, they are of several kinds, or several stacks train.
     """
-    rows: dict[int, Tensor] = {}
-    kinds: set[tuple[Any, ...]] = set()
-    refused: SettingError | None = None
-    try:
-        for layer, router in of_one_stack(model, stack, "model", name).items():
-            if _is_biased(router):
-                rows[layer] = _bias(router)
-                kinds.add((router.config.num_layers, _unit(router), router.score_function, _groups(router)))
-    except SettingError as error:
-        refused = error  # raised below: other stages wait for this one
-    parts = [(rows, kinds, refused and (refused.flag, refused.value, refused.allowed))]
+    own = of_one_stack(model, stack, "model", name, group)
+    routers = {layer: router for layer, router in own.items() if _is_biased(router)}
+    rows = {layer: _bias(router) for layer, router in routers.items()}
+    kinds = [(r.config.num_layers, _unit(r), r.score_function, _groups(r)) for r in routers.values()]
+    parts = [(rows, kinds)]
     if group is not None:
-        mine, parts = parts[0], parts * dist.get_world_size(group)
-        dist.all_gather_object(parts, mine, group=group)
-    for *_, refusal in parts:
-        if refusal:
-            raise SettingError(*refusal)
-    rows = {layer: row for part, *_ in parts for layer, row in part.items()}
-    found = {kind for _, some, _ in parts for kind in some}
+        parts = parts * dist.get_world_size(group)
+        dist.all_gather_object(parts, (rows, kinds), group=group)
+    rows = {layer: row for part, _ in parts for layer, row in part.items()}
+    found = {kind for _, some in parts for kind in some}
     if not found:
         raise SettingError("model", name, "has no router with an expert bias")
     if len(found) > 1:
@@ -79,6 +70,7 @@ def load_bias(
     source: str | os.PathLike[str] | Biases,
     flag: str = "source",
     stack: str | None = None,
+    group: dist.ProcessGroup | None = None,
 ) -> dict[int, int]:
     """Starts every router of `model` from the biases of `source`; the rule's state and its count of updates start anew.
 
@@ -91,6 +83,7 @@ def load_bias(
         flag: what a SettingError names.
         stack: path of the block whose layers are meant (`hosts.routers`), where a model holds several; by default the
             only one that trains.
+        group: the pipeline-parallel group, where stages may differ in which stacks they hold; all its ranks call it.
 
     Returns:
         The number of experts of each layer that was given its bias.
@@ -99,7 +92,7 @@ def load_bias(
         SettingError: layers, experts, gate or unit do not fit; the text names both sides.
     """
     biases = (source if isinstance(source, Biases) else read(source, flag)).require_sound(flag)
-    routers = of_one_stack(model, stack, flag, biases.name)
+    routers = of_one_stack(model, stack, flag, biases.name, group)
     for layer, router in routers.items():
         if getattr(router, "expert_bias", None) is None:
             raise SettingError(flag, biases.name, f"is for an expert bias; the router of layer {layer} has none")

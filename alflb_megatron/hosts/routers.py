@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
+import torch.distributed as dist
 from megatron.core.transformer.moe.router import TopKRouter
 from torch import nn
 
@@ -56,7 +57,7 @@ def _named(chunk: nn.Module, path: str, router: Any) -> NamedRouter:
         inner = next((i for i, part in enumerate(parts) if i > at and part == "layers"), None)
         if inner is not None:
             number += layers + index * len(list(chunk.get_submodule(".".join(parts[: inner + 1])).children()))
-        elif number <= layers:
+        elif number == depth.layer_number:
             number += layers
         stack = [*block[:-1], "decoder"]
     else:
@@ -77,31 +78,64 @@ def labels(layers: Sequence[int], paths: Sequence[str]) -> list[str]:
     return [f"layer {n}" if count[n] == 1 else path for n, path in zip(layers, paths, strict=True)]
 
 
-def of_one_stack(model: Sequence[nn.Module], stack: str | None, flag: str, value: object) -> dict[int, Any]:
-    """The routers of one stack by their layer.
+def of_one_stack(
+    model: Sequence[nn.Module],
+    stack: str | None,
+    flag: str,
+    value: object,
+    group: dist.ProcessGroup | None = None,
+) -> dict[int, Any]:
+    """The routers of one stack by their layer; none where this pipeline stage holds none of them.
 
     Without `stack` the only one there is, or else the only one that trains: a student, not its teacher. Of wrapped
-    copies of a router it is the one that trains.
+    copies of a router it is the one that trains. With `group`, the pipeline-parallel group, all stages decide together,
+    and all its ranks call it.
 
     Raises:
-        SettingError: naming `flag`, `value` and what there is, where that leaves none or several.
+        SettingError: naming `flag`, `value` and what there is, where that leaves none or several; every stage raises.
     """
-    routers = named_routers(model)
-    stacks = {router.stack for router in routers}
+    stacks: dict[str, list[NamedRouter]] = {}
+    for router in named_routers(model):
+        stacks.setdefault(router.stack, []).append(router)
+    trains = {name: any(_trains(router.block) for router in routers) for name, routers in stacks.items()}
+    for part in _everywhere(trains, group):
+        for name, also in part.items():
+            trains[name] = trains.get(name, False) or also
+    name = _chosen(trains, stack, flag, value)
+    refused, found = None, {}
+    try:
+        for router in stacks.get(name, []):
+            copies = [other for other in stacks[name] if other.layer == router.layer]
+            found[router.layer] = _only(copies, flag, value).router
+    except SettingError as error:
+        refused = error
+    for refusal in _everywhere(refused and (refused.flag, refused.value, refused.allowed), group):
+        if refusal:
+            raise SettingError(*refusal)
+    return found
+
+
+def _everywhere(mine: Any, group: dist.ProcessGroup | None) -> list[Any]:
+    """What each stage has, in their order."""
+    if group is None:
+        return [mine]
+    parts = [mine] * dist.get_world_size(group)
+    dist.all_gather_object(parts, mine, group=group)
+    return parts
+
+
+def _chosen(trains: dict[str, bool], stack: str | None, flag: str, value: object) -> str:
     if stack is not None:
-        if stack not in stacks:
-            raise SettingError("stack", stack, f"must be one of {_listed(stacks)}")
-        stacks = {stack}
-    elif len(stacks) > 1:
-        trained = {router.stack for router in routers if _trains(router.block)}
-        stacks = trained if len(trained) == 1 else stacks
-    if len(stacks) > 1:
-        raise SettingError(flag, value, f"is for one stack of layers; say which: stack= one of {_listed(stacks)}")
-    by_layer: dict[int, list[NamedRouter]] = {}
-    for router in routers:
-        if router.stack in stacks:
-            by_layer.setdefault(router.layer, []).append(router)
-    return {layer: _only(found, flag, value).router for layer, found in by_layer.items()}
+        if trains and stack not in trains:
+            raise SettingError("stack", stack, f"must be one of {_listed(trains)}")
+        return stack
+    names = list(trains)
+    if len(names) > 1:
+        trained = [name for name in names if trains[name]]
+        names = trained if len(trained) == 1 else names
+    if len(names) > 1:
+        raise SettingError(flag, value, f"is for one stack of layers; say which: stack= one of {_listed(names)}")
+    return names[0] if names else ""
 
 
 def _only(found: list[NamedRouter], flag: str, value: object) -> NamedRouter:

@@ -88,6 +88,14 @@ class Rule:
         """
         return {}
 
+    def share_of_move(self, stats: Stats, state: State) -> tuple[Tensor, Tensor] | None:
+        """The move that would balance these tokens, [L, E], and the share g of it that `step` takes, [L, 1].
+
+        With `--alflb-update-every micro-batch` it is asked for inside a global batch (`within_batch`). None for a rule
+        that is shown loads alone: that is stepped itself, on each micro-batch.
+        """
+        return None
+
     def step(self, bias: Tensor, stats: Stats, state: State) -> tuple[Tensor, State]:
         """One update: bias float32 [L, E] and state in, the new bias and state out."""
         raise NotImplementedError(f"{type(self).__name__} has no step")

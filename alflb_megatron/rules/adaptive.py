@@ -77,10 +77,7 @@ class Adaptive(Rule):
         gain_L1 = torch.maximum(gain_L1, shift_L1)
         weight_L1 = weight_L1 * (1 - shift_L1)
 
-        move_LE = stats.move_to_balance
-        experts = move_LE.shape[-1]
-        landing_LE = (move_LE - move_LE.mean(dim=-1, keepdim=True)) * self.joint(experts)
-        step_LE = gain_L1 * landing_LE + weight_L1 * velocity_LE
+        step_LE = gain_L1 * self._landing(stats) + weight_L1 * velocity_LE
         bounded_L1 = torch.minimum(energy_L1, self.SHIFT**2 * mean_L1)  # so that one wild batch is not the new normal
         return bias + step_LE, {
             "gain": gain_L1,
@@ -90,6 +87,13 @@ class Adaptive(Rule):
             "move": step_LE,
             "velocity": velocity_LE,
         }
+
+    def share_of_move(self, stats: Stats, state: State) -> tuple[Tensor, Tensor]:
+        return self._landing(stats), state["gain"]
+
+    def _landing(self, stats: Stats) -> Tensor:
+        move_LE = stats.move_to_balance
+        return (move_LE - move_LE.mean(dim=-1, keepdim=True)) * self.joint(move_LE.shape[-1])
 
     @staticmethod
     def joint(experts: int) -> float:

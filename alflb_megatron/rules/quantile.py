@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from alflb_megatron.margins import Threshold
@@ -31,6 +32,10 @@ class Quantile(Rule):
     @property
     def threshold(self) -> Threshold:
         return Threshold(self.against)
+
+    def share_of_move(self, stats: Stats, state: State) -> tuple[Tensor, Tensor]:
+        move_LE = stats.move_to_balance
+        return move_LE, torch.full_like(move_LE[:, :1], 1 - self.ema)
 
     def step(self, bias: Tensor, stats: Stats, state: State) -> tuple[Tensor, State]:
         return bias + (1 - self.ema) * stats.move_to_balance, state

@@ -217,3 +217,56 @@ def test_a_disagreement_that_stops_leaves_nothing_either() -> None:
     for found in ranks.run(2, _disagreed):
         assert found["left"] == 0
         assert found["loads"] == found["whole"] == 512
+
+
+def _first_chunk_is_dense() -> list[int]:
+    """An interleaved pipeline by the one line alone: the first chunk of rank 0 holds no router."""
+    from alflb_megatron.hosts import core
+
+    with _training(True, nproc=2, pp=2, vpp=2) as trainer:
+        core._BALANCERS.clear()  # a trainer has made none
+        found = []
+        for _ in range(3):
+            trainer.step(4)
+            found.append(trainer.n())
+        return found
+
+
+def test_the_first_global_batch_counts_where_the_first_chunk_is_dense() -> None:
+    assert ranks.run(2, _first_chunk_is_dense) == [[1, 2, 3]] * 2
+
+
+def _two_models() -> list[int]:
+    """The gradient reduction of one fails, the other trains on, and the first goes on without zeroing."""
+    with _training(True) as one:
+        other = Trainer(True)
+        one.step(2)
+        other.step(2)
+        with pytest.raises(Failed), _in_gradient_reduction(one):
+            one.step(3)
+        other.step(2)
+        found = [other.loads()]
+        for micro_batches in (1, 2, 1):
+            one.step(micro_batches, zero=False)
+            found.append(one.loads())
+        return found
+
+
+def test_another_model_in_the_process_makes_no_difference() -> None:
+    assert ranks.run(1, _two_models) == [[256, 128, 256, 128]]
+
+
+def _enabled_meanwhile() -> int:
+    import alflb_megatron
+
+    with _training(False) as trainer:
+        alflb_megatron.enable(rule="sign")
+        alflb_megatron.disable()
+        with pytest.raises(Failed), _in_forward(trainer):
+            trainer.step(3)
+        trainer.step(2)
+        return trainer.loads()
+
+
+def test_what_install_put_in_is_not_taken_away_by_disable() -> None:
+    assert ranks.run(1, _enabled_meanwhile) == [256]

@@ -68,7 +68,8 @@ def _modes() -> dict[str, Any]:
             found["direct"] = _finalized_by_hand(runner)
     finally:
         alflb_megatron.disable()
-    found["undone"] = before == _attributes()
+    now = {name for (name, now), (_, then) in zip(_attributes(), before, strict=True) if now is not then}
+    found["undone"] = now == {ZEROED}  # which `install` has asked for
     alflb_megatron.disable()  # twice is once here, too
     found["off is off"] = jobs.trace(plain, 8).differs_from(without)
     found["a name imported early still updates"] = _imported_early()

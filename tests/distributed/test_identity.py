@@ -287,6 +287,52 @@ def test_stages_name_their_routers_by_the_whole_models_layers() -> None:
     assert first["counted"] == second["counted"] == 3
 
 
+def _on_one_stage() -> dict[str, Any]:
+    """Routers on the second stage alone, with a teacher of the same kind on both."""
+    from megatron.core import parallel_state
+
+    from alflb_megatron.hosts.expert_bias import bias_of, load_bias
+    from alflb_megatron.settings import SettingError
+
+    with running(_with_teacher, False, nproc=2, pp=2, rule="sign") as runner:
+        chunks = runner.setup.chunks
+        group = parallel_state.get_pipeline_model_parallel_group()
+        if parallel_state.is_pipeline_first_stage():
+            for layer in chunks[0].module.decoder.layers:
+                layer.mlp = torch.nn.Identity()  # the student's are dense here; the teacher's are not
+        found: dict[str, Any] = {"bias_of": sorted(bias_of(chunks, group).rows)}
+        found["teacher"] = sorted(bias_of(chunks, group, stack="_teacher_model.decoder").rows)
+        found["student"] = sorted(bias_of(chunks, group, stack="decoder").rows)
+        biases = bias_of(chunks, group)
+        found["loaded"] = sorted(load_bias(chunks, biases, stack="decoder", group=group))
+        try:
+            bias_of(chunks, group, stack="nobody")
+        except SettingError as error:
+            found["refused"] = str(error)
+        return found
+
+
+def test_stages_decide_together_which_stack_is_meant() -> None:
+    first, second = ranks.run(2, _on_one_stage)
+    for found in (first, second):
+        assert found["bias_of"] == found["student"] == [3, 4]
+        assert found["teacher"] == [2, 3, 4]
+        assert found["refused"].startswith("stack=nobody: must be one of _teacher_model.decoder, decoder")
+    assert (first["loaded"], second["loaded"]) == ([], [3, 4])
+
+
+def _mtp() -> list[int]:
+    from alflb_megatron.hosts.routers import named_routers
+
+    plan = jobs.plan({"rule": "sign", "nproc": 1}, {"num_layers": 2, "mtp_layers": 3})
+    with ranks.model_parallel():
+        return [named.layer for named in named_routers(jobs.Runner(plan).setup.chunks)]
+
+
+def test_more_mtp_depths_than_layers_have_numbers_of_their_own() -> None:
+    assert ranks.run(1, _mtp) == [[2, 3, 4, 5]]
+
+
 def _hybrid_spec(config: Any) -> Any:
     """Megatron-Core's stack of attention and experts, of its local layers: its own spec needs Transformer Engine."""
     import dataclasses

@@ -118,3 +118,82 @@ def test_groups_that_cannot_serve_are_refused_by_name_before_training() -> None:
     (found,) = ranks.run(1, _grouped)
     for name, (_, said) in GROUPS.items():
         assert found[name].startswith(said) and bool(found[name]) == bool(said), (name, found[name])
+
+
+def _loaded_over_garbage() -> dict[str, Any]:
+    """Materialised without `reset_parameters`, then a strict load of a checkpoint that Megatron-Core wrote."""
+    with ranks.model_parallel():
+        source, router = _router({"rule": "adaptive"}), _router({"rule": "adaptive"})
+        for tensor in [*router.buffers(), *router.parameters()]:
+            tensor.data.fill_(77)
+        state = {name: value for name, value in source.state_dict().items() if not name.startswith("alf_")}
+        router.load_state_dict(state)
+        counts = sum(int(part.abs().sum()) for part in router.load_counter.local() if part is not None)
+        cast = {
+            name: value.bfloat16() if torch.is_tensor(value) else value for name, value in source.state_dict().items()
+        }
+        assigned = _router({"rule": "adaptive"})
+        assigned.load_state_dict(cast, assign=True)
+        return {
+            "state": _state_of(router) == _state_of(source),
+            "counts": counts,
+            "types": {str(value.dtype) for value in assigned.read_state()[1].values()},
+            "n": str(assigned.alf_n.dtype),
+        }
+
+
+def test_what_a_checkpoint_lacks_begins_afresh_and_keeps_its_type() -> None:
+    (found,) = ranks.run(1, _loaded_over_garbage)
+    assert found == {"state": True, "counts": 0, "types": {"torch.float32"}, "n": "torch.int64"}
+
+
+def _deep_copied() -> dict[str, Any]:
+    import copy
+
+    with ranks.model_parallel(tensor_model_parallel_size=2):
+        router = _router({"rule": "adaptive"}, sequence_parallel=True, tensor_model_parallel_size=2)
+        assert _moved_somewhere(router)
+        other = copy.deepcopy(router)
+        return {
+            "state": _state_of(other) == _state_of(router),
+            "apart": other.expert_bias is not router.expert_bias and other.weight is not router.weight,
+            "marks": vars(other.weight).get("sequence_parallel"),
+            "group": other.tp_dp_cp_group is router.tp_dp_cp_group,
+        }
+
+
+def _moved_somewhere(router: Any) -> bool:
+    balancer = _balancer(router)
+    router(_hidden())
+    balancer.launch()
+    balancer.commit()
+    return bool(router.expert_bias.any())
+
+
+def test_a_deep_copy_has_a_state_of_its_own_and_the_marks_of_its_parameters() -> None:
+    for found in ranks.run(2, _deep_copied):
+        assert found == {"state": True, "apart": True, "marks": True, "group": True}
+
+
+def _compiled(rule: str) -> list[int]:
+    """Tokens counted of a compiled router: plainly, and in non-reentrant checkpoints."""
+    import torch._dynamo
+    from torch.utils.checkpoint import checkpoint
+
+    torch._dynamo.config.disable = False
+    found = []
+    with ranks.model_parallel():
+        for recompute in (False, True):
+            router = _router({"rule": rule})
+            compiled = torch.compile(lambda hidden, router=router: router(hidden)[0] * 2, backend="eager")
+            for seed in range(10):
+                hidden = _hidden(seed).requires_grad_()
+                output = checkpoint(compiled, hidden, use_reentrant=False) if recompute else compiled(hidden)
+                output.square().sum().backward()
+            found.append(int(router.load_counter.tokens_per_expert.sum()))
+    return found
+
+
+@pytest.mark.parametrize("rule", ["sign", "adaptive"])
+def test_a_compiled_router_counts_each_token_once(rule: str) -> None:
+    assert ranks.run(1, _compiled, rule) == [[10 * 256, 10 * 256]]
