@@ -1,0 +1,337 @@
+"""Balance inside the global batch, in training: biases moved once a global batch and once a micro-batch, side by side.
+
+Every run is a training of one rank and one thread on a preset, its global batch fixed and cut into M micro-batches of
+whole sequences. The rows are those of ROWS; `micro-batch` rows have `--alflb-update-every micro-batch`. MaxVio is the
+mean over the MoE layers, of a global batch or of its micro-batches (their mean). The sequence floor
+(`alflb_megatron.lab.theory.sequence_floor`) is taken at the steps of FLOOR_AT on FLOOR_BATCHES global batches of the
+run's own text. A run that is finished in its folder is not run again, so an interrupted benchmark goes on; after a
+change of the code remove the folder. Repeat with
+
+    python -m benchmarks.within_batch     (--seeds 1 --micro-batches 8 for a look)
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import statistics
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from alflb_megatron.lab.records.files import write_json
+from alflb_megatron.lab.records.metrics_file import read_metrics
+from alflb_megatron.lab.records.summary import maxvio_text
+from alflb_megatron.lab.records.versions import git_revision
+from alflb_megatron.lab.training.launch import as_single_rank
+from alflb_megatron.lab.training.resolve import resolve
+from alflb_megatron.metrics import max_vio, sampling_floor
+from benchmarks import machine
+from benchmarks.in_training import AUX_COEFF, NOISE, difference, logged, spread
+
+ROWS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "auxiliary loss": ({"rule": "none", "aux_loss_coeff": AUX_COEFF}, {}),
+    "Megatron-Core's sign": ({"rule": "builtin"}, {}),
+    **{
+        f"{rule}, once a {every}": ({"rule": rule}, {"update_every": every})
+        for rule in ("sign", "quantile", "adaptive")
+        for every in ("global-batch", "micro-batch")
+    },
+}
+"""What is compared: settings of the job, and of the balancer."""
+OURS, YARDSTICK = "adaptive, once a micro-batch", "adaptive, once a global-batch"
+
+STEPS = {"tiny": 160}
+FIRST_SEED = 1001
+FLOOR_AT = (20, 40, 80, 160)
+FLOOR_BATCHES = 12
+SPANS = {"steps 10 to 60": (10, 60), "last quarter": (-0.25, None)}
+FIGURES = {
+    "steps 10 to 60": "MaxVio, steps 10 to 60",
+    "last quarter": "MaxVio, last quarter",
+    "micro-batches": "MaxVio of micro-batches, from step 10",
+    "first": "MaxVio of the first global batch",
+    "maxvio_global": "MaxVio_global",
+    "validation_loss": "validation loss",
+}
+
+
+# -- one run ----------------------------------------------------------------------------------------------------------
+
+
+def options(preset: str, row: str, micro_batches: int, seed: int) -> dict[str, Any]:
+    """Everything that makes one run what it is."""
+    return {"preset": preset, "row": row, "micro_batches": micro_batches, "seed": seed, "steps": STEPS[preset]}
+
+
+def _plan(one: Mapping[str, Any], out: Path) -> Any:
+    job, alf = ROWS[one["row"]]
+    size = resolve({"preset": one["preset"], "nproc": 1, "ep": 1, "rule": "none"}, {}, {}).job.global_batch_size
+    if size % one["micro_batches"]:
+        raise SystemExit(f"--micro-batches {one['micro_batches']}: must divide the {size} sequences of a global batch")
+    own = {"micro_batch_size": size // one["micro_batches"], "seed": one["seed"], "steps": one["steps"]}
+    return resolve(
+        {"preset": one["preset"], "nproc": 1, "ep": 1, "save": False, **job, **own, "out": str(out)}, {}, alf
+    )
+
+
+def train(one: Mapping[str, Any], out: Path) -> None:
+    """Trains one run in this process, and writes beside its records what only it can see."""
+    from alflb_megatron.hosts import cpu
+
+    cpu.prepare()
+    as_single_rank()
+    torch.set_num_threads(1)
+    from alflb_megatron.lab.training import train as module
+
+    micro: list[list[float]] = []
+    floors: dict[int, float] = {}
+
+    class Run(module.TrainingRun):
+        """A training that looks at every micro-batch, and now and then at the floor."""
+
+        def _step(self, step: int) -> dict[str, Any]:
+            with _micro_batches(self.setup.balancer.routers) as seen:
+                record = super()._step(step)
+            micro.append([float(max_vio(torch.stack(loads)).mean()) for loads in zip(*seen, strict=True)])
+            if step in FLOOR_AT:
+                floors[step] = self._floor(step)
+            return record
+
+        def _floor(self, step: int) -> float:
+            from alflb_megatron.lab.theory.sequence_floor import sequence_floor
+
+            routers: list[Any] = self.setup.balancer.routers
+            batches: list[list[Tensor]] = [[] for _ in routers]
+            stride = max(1, self.job.steps // FLOOR_BATCHES)
+            for other in range(FLOOR_BATCHES):
+                with self.forward_backward.evaluating(), _scores(routers, self.plan.shape.gate) as scores:
+                    self.forward_backward(self._batches(self.training, other * stride), forward_only=True)
+                for kept, layer in zip(batches, scores, strict=True):
+                    kept.append(torch.cat(layer))
+            return statistics.fmean(sequence_floor(layer, self.plan.shape.topk) for layer in batches)
+
+    module.TrainingRun = Run  # type: ignore[misc]
+    summary = module.train(_plan(one, out))
+    write_json(
+        out / "within.json",
+        {
+            "run": dict(one),
+            "git_revision": git_revision(),
+            "micro_batches": micro,
+            "floors": floors,
+            "validation_loss": summary["validation_loss"],
+            "maxvio_global": summary["maxvio_global_mean"],
+            "maxvio": [record["maxvio_mean"] for record in read_metrics(out)],
+        },
+    )
+
+
+@contextmanager
+def _micro_batches(routers: Sequence[Any]) -> Iterator[list[list[Tensor]]]:
+    """Loads of every training forward pass of each router; nothing is recomputed here."""
+    seen: list[list[Tensor]] = [[] for _ in routers]
+    hooks = [
+        router.register_forward_hook(lambda _, __, output, kept=kept: kept.append(output[1].sum(0)))
+        for router, kept in zip(routers, seen, strict=True)
+    ]
+    yield seen
+    for hook in hooks:
+        hook.remove()
+
+
+@contextmanager
+def _scores(routers: Sequence[Any], gate: str) -> Iterator[list[list[Tensor]]]:
+    """What the gate of each router gives in every forward pass, [T, E], before the bias."""
+    activation = {"sigmoid": torch.sigmoid, "softmax": lambda x: x.softmax(-1)}[gate]
+    seen: list[list[Tensor]] = [[] for _ in routers]
+
+    def hook(router: Any, kept: list[Tensor]) -> Any:
+        plain = type(router).gating
+
+        def gating(*args: Any) -> Tensor:
+            logits = plain(router, *args)
+            kept.append(activation(logits.detach().float().reshape(-1, logits.shape[-1])))
+            return logits
+
+        return gating
+
+    for router, kept in zip(routers, seen, strict=True):
+        router.gating = hook(router, kept)
+    yield seen
+    for router in routers:
+        del router.gating
+
+
+# -- all runs ----------------------------------------------------------------------------------------------------------
+
+
+def folder(out: Path, one: Mapping[str, Any]) -> Path:
+    row = one["row"].replace(" ", "-").replace(",", "").replace("'", "")
+    return out / f"{one['preset']}-{row}-M{one['micro_batches']}-{one['seed']}"
+
+
+def finished(out: Path, one: Mapping[str, Any]) -> dict[str, Any] | None:
+    """What a finished run left, None where there is none of these settings."""
+    path = folder(out, one) / "within.json"
+    found = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    return found if found.get("run") == dict(one) else None
+
+
+def run_all(runs: Sequence[Mapping[str, Any]], out: Path, jobs: int) -> None:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+
+    def run(one: Mapping[str, Any]) -> str:
+        where = folder(out, one)
+        if finished(out, one) is None:
+            words = [sys.executable, "-m", "benchmarks.within_batch", "--run", json.dumps(dict(one)), "--out", str(out)]
+            logged(where.name, words, where.with_name(f"{where.name}.log"), environment)
+        return where.name
+
+    with ThreadPoolExecutor(jobs) as pool:
+        waiting = [pool.submit(run, one) for one in runs]
+        try:
+            for number, done in enumerate(as_completed(waiting), 1):
+                print(f"[{number}/{len(runs)}] {done.result()}", file=sys.stderr, flush=True)
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+
+
+def figures_of(found: Mapping[str, Any]) -> dict[str, float]:
+    vio, micro = found["maxvio"], found["micro_batches"]
+    return {
+        "steps 10 to 60": statistics.fmean(vio[10:60]),
+        "last quarter": statistics.fmean(vio[-math.ceil(len(vio) / 4) :]),
+        "micro-batches": statistics.fmean(statistics.fmean(step) for step in micro[10:]),
+        "first": vio[0],
+        "maxvio_global": found["maxvio_global"],
+        "validation_loss": found["validation_loss"],
+    }
+
+
+def collect(out: Path, preset: str, counts: Sequence[int], seeds: Sequence[int], rows: Sequence[str]) -> dict[str, Any]:
+    """All figures of a preset."""
+    plan = _plan(options(preset, YARDSTICK, counts[0], seeds[0]), out)
+    tokens = plan.job.global_batch_size * plan.shape.seq_length
+    by_count: dict[str, Any] = {}
+    revisions = set()
+    for count in counts:
+        shown: dict[str, Any] = {}
+        for row in rows:
+            if "micro-batch" in row and count == 1:
+                continue  # the same as once a global batch, bit for bit: a test says so
+            found = [finished(out, options(preset, row, count, seed)) for seed in seeds]
+            runs = [one for one in found if one is not None]
+            revisions |= {one["git_revision"] for one in runs}
+            each = [figures_of(one) for one in runs]
+            shown[row] = {name: spread([one[name] for one in each]) for name in FIGURES}
+            shown[row]["floor"] = {
+                step: statistics.fmean(one["floors"][str(step)] for one in runs) for step in FLOOR_AT
+            }
+            shown[row]["maxvio"] = [
+                round(statistics.fmean(values), 4) for values in zip(*(one["maxvio"] for one in runs), strict=True)
+            ]
+        by_count[str(count)] = shown
+    return {
+        "steps": STEPS[preset],
+        "seeds": list(seeds),
+        "tokens": tokens,
+        "sampling_floor": sampling_floor(tokens, plan.shape.topk, plan.shape.num_experts),
+        "git_revisions": sorted(map(str, revisions)),
+        "by_micro_batches": by_count,
+    }
+
+
+def ratios(shown: Mapping[str, Any]) -> dict[str, float]:
+    """Ours against the yardstick of the same M; losses and MaxVio_global as paired differences in standard errors."""
+    ours, theirs = shown[OURS], shown[YARDSTICK]
+    found = {
+        name: ours[name]["mean"] / theirs[name]["mean"] for name in ("steps 10 to 60", "last quarter", "micro-batches")
+    }
+    floor = statistics.fmean(ours["floor"].values())
+    found["sequence floors from step 10"] = statistics.fmean(ours["maxvio"][10:]) / floor
+    for name in ("validation_loss", "maxvio_global"):
+        apart = difference(ours[name]["each"], theirs[name]["each"])
+        found[name] = apart["mean"]
+        found[f"{name}, noise"] = NOISE * (apart["standard_error"] or math.nan)
+    return found
+
+
+def table(results: Mapping[str, Any]) -> str:
+    lines: list[str] = []
+    for preset, found in results["presets"].items():
+        for count, shown in found["by_micro_batches"].items():
+            seeds = len(found["seeds"])
+            lines += [
+                f"`{preset}`, M = {count}: {found['steps']} steps of {found['tokens']:,} tokens, {seeds} "
+                f"seed{'s' * (seeds > 1)}, mean ± standard deviation; sampling floor "
+                f"{maxvio_text(found['sampling_floor'])}.",
+                "",
+                "| row | " + " | ".join(FIGURES.values()) + " | sequence floor |",
+                "|---" * (len(FIGURES) + 2) + "|",
+            ]
+            for row, figures in shown.items():
+                cells = []
+                for name in FIGURES:
+                    digits = ".4f" if name == "validation_loss" else ".2f"
+                    mean, sd = figures[name]["mean"], figures[name]["sd"]
+                    cells.append(f"{mean:{digits}}" + ("" if sd is None else f" ± {sd:{digits}}"))
+                floor = statistics.fmean(figures["floor"].values())
+                lines.append(f"| {row} | " + " | ".join(cells) + f" | {floor:.2f} |")
+            if OURS in shown and YARDSTICK in shown:
+                of = ratios(shown)
+                lines += [
+                    "",
+                    f"{OURS} against {YARDSTICK}: MaxVio {of['steps 10 to 60']:.2f} of it in steps 10 to 60, "
+                    f"{of['last quarter']:.2f} in the last quarter, of micro-batches {of['micro-batches']:.2f}; from "
+                    f"step 10 on {of['sequence floors from step 10']:.2f} sequence floors. Validation loss "
+                    f"{of['validation_loss']:+.4f} (two standard errors {of['validation_loss, noise']:.4f}), "
+                    f"MaxVio_global {of['maxvio_global']:+.3f} ({of['maxvio_global, noise']:.3f}).",
+                ]
+            lines.append("")
+    return "\n".join(lines)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--presets", default="tiny")
+    parser.add_argument("--micro-batches", default="8,2,4,16,1")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--rows", default="|".join(ROWS), help="names of rows, with | between them")
+    parser.add_argument("--jobs", type=int, default=2, help="runs at a time, a core each")
+    parser.add_argument("--out", type=Path, default=Path("runs/within_batch"))
+    parser.add_argument("--json", type=Path, default=Path(__file__).with_name("results") / "within_batch.json")
+    parser.add_argument("--run", help=argparse.SUPPRESS)
+    flags = parser.parse_args(arguments)
+    if flags.run:
+        one = json.loads(flags.run)
+        train(one, folder(flags.out, one))
+        return
+    presets, counts = flags.presets.split(","), [int(count) for count in flags.micro_batches.split(",")]
+    seeds, rows = [FIRST_SEED + i for i in range(flags.seeds)], flags.rows.split("|")
+    runs = [
+        options(preset, row, count, seed)
+        for preset in presets
+        for count in counts
+        for seed in seeds
+        for row in rows
+        if not ("micro-batch" in row and count == 1)
+    ]
+    run_all(runs, flags.out, flags.jobs)
+    found = {preset: collect(flags.out, preset, counts, seeds, rows) for preset in presets}
+    results = {"machine": machine.describe(), "presets": found}
+    write_json(flags.json, results)
+    print(table(results))
+
+
+if __name__ == "__main__":
+    main()
