@@ -20,6 +20,9 @@ from alflb_megatron.hosts.routers import labels
 
 COUNTED = "MoE layers counted"
 
+WITHIN_BATCH_KEYS = ("MaxVio of micro-batches", "MaxVio worst micro-batch", "EP rank overload worst micro-batch")
+"""Figures that there are where micro-batches move the bias."""
+
 LOG_LINE_KEYS = ("MaxVio", "MaxVio worst layer", "load max", "load min", "expert bias spread")
 """Figures that a trainer's log line of text has room for."""
 
@@ -29,6 +32,8 @@ DESCRIPTIONS = {
     "MaxVio p50": "its median over layers",
     "MaxVio p90": "its ninth decile over layers",
     "MaxVio worst layer": "its largest",
+    "MaxVio of micro-batches": "its mean over the micro-batches of the global batch, where these move the bias",
+    "MaxVio worst micro-batch": "its largest",
     "MaxVio floor": "what luck alone gives where all experts are equally likely (metrics.floor_constant)",
     "load max": "tokens of the fullest expert, mean over layers",
     "load min": "tokens of the emptiest expert, mean over layers",
@@ -37,6 +42,7 @@ DESCRIPTIONS = {
     "dead experts": "experts without a token in this global batch, sum over layers",
     "starved experts": "experts with less than a tenth of the mean load, dead ones included, sum over layers",
     "EP rank overload": "load of the fullest expert-parallel rank over the mean, of the worst layer: 1 is balance",
+    "EP rank overload worst micro-batch": "the same of its worst micro-batch, where these move the bias",
     "expert bias spread": "largest bias less smallest, score units, mean over layers",
     "expert bias spread worst layer": "its largest",
     "expert bias drift": "largest move of a bias in this update, score units, mean over layers",
@@ -46,11 +52,13 @@ DESCRIPTIONS = {
     "updates refused": "since this start, for scores or a result that were not finite, sum over layers",
     "disagreements": "checks since this start that found ranks with different biases",
 }
-"""Every figure, at most 24 of them, and what it is. `gain` and `curvature` are left out where there is none."""
+"""Every figure, at most 24 of them, and what it is. `gain`, `curvature` and those of micro-batches are left out where
+there is none."""
 
 _COLUMNS = (
     "layer", "vio", "floor", "most", "least", "variation", "evenness", "dead", "starved", "overload", "spread", "drift",
     "gain", "curvature", "refused", "disagreements", "detail", "counted", "present",
+    "micro_mean", "micro_worst", "micro_overload",
 )  # fmt: skip
 
 
@@ -102,7 +110,15 @@ def router_table(model: Sequence[nn.Module], pipeline: dist.ProcessGroup | None 
             "counted": last.counted(),
             "present": torch.ones(len(rows), device=device),
         }
-        table[before : before + len(rows)] = torch.stack([columns[name].double() for name in _COLUMNS], dim=1)
+        if (micro := last.micro_batches) is not None:
+            columns |= {
+                "micro_mean": micro.vio_mean,
+                "micro_worst": micro.vio_worst,
+                "micro_overload": micro.overload,
+            }
+        zero = sums.new_zeros(len(rows))
+        figures = [columns.get(name, zero).double() for name in _COLUMNS]
+        table[before : before + len(rows)] = torch.stack(figures, dim=1)
     if stages > 1:
         dist.all_reduce(table, group=pipeline)
     return table
@@ -167,6 +183,10 @@ def balance_metrics(model: Sequence[nn.Module], pipeline: dist.ProcessGroup | No
         "updates refused": of["refused"].sum(),
         "disagreements": of["disagreements"].max(),
     }
+    if of["micro_overload"].any():
+        mean, worst, overload = (of[name] for name in ("micro_mean", "micro_worst", "micro_overload"))
+        values = (mean[overload > 0].mean(), worst.max(), overload.max())
+        shown.update(zip(WITHIN_BATCH_KEYS, values, strict=True))
     if gain.isfinite().any():
         shown["gain"] = gain[gain.isfinite()].mean()
     if curvature.isfinite().any():

@@ -22,7 +22,10 @@ def _plan(enabled: bool, micro_batches: int, **job: Any) -> Any:
     size = 2 * micro_batches * split["nproc"] // split["pp"]
     rule = "none" if enabled else "sign"
     layers = 2 * split["pp"] * split["vpp"]
-    return jobs.plan({"rule": rule, "micro_batch_size": 2, "global_batch_size": size, **split}, {"num_layers": layers})
+    alf = {} if enabled else split.pop("alf", {})
+    split.pop("alf", None)
+    job = {"rule": rule, "micro_batch_size": 2, "global_batch_size": size, **split}
+    return jobs.plan(job, {"num_layers": layers}, **alf)
 
 
 class Trainer:
@@ -60,7 +63,7 @@ def _training(enabled: bool, **job: Any) -> Iterator[Trainer]:
     import alflb_megatron
 
     if enabled:
-        alflb_megatron.enable(rule="sign")
+        alflb_megatron.enable(rule="sign", **job.get("alf", {}))
     try:
         with ranks.model_parallel(**jobs.sizes(_plan(enabled, 2, **job))):
             yield Trainer(enabled, **job)

@@ -110,7 +110,7 @@ def _empty() -> tuple[torch.Tensor, int]:
 
 
 def _refused(**config: Any) -> str:
-    alf = {"score_unit": config.pop("score_unit", "score")}
+    alf = {name: config.pop(name) for name in ("score_unit", "update_every") if name in config}
     from alflb_megatron.settings import SettingError
 
     try:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,6 +11,7 @@ import torch
 
 from alflb_megatron import rules
 from tests.distributed import jobs, ranks
+from tests.distributed.test_split import _saved
 
 MICRO = {"update_every": "micro-batch"}
 
@@ -68,3 +71,205 @@ def test_recomputation_changes_nothing(rule: str, split: str, recompute: str) ->
     job = SPLITS[split]
     found = ranks.run(job.get("nproc", 1), _recomputed, recompute, job, rule)
     assert set(found) == {""}
+
+
+def _one_batch(folder: Path, job: dict[str, Any], rule: str) -> tuple[dict[int, list[int]], dict[int, list[float]]]:
+    """Loads and biases of one global batch of four micro-batches of four sequences, from the same weights."""
+    from alflb_megatron.lab.training import checkpoint
+
+    plan = jobs.plan({"global_batch_size": 16, **job, "rule": rule}, **MICRO)
+    with ranks.model_parallel(**jobs.sizes(plan)):
+        runner = jobs.Runner(plan)
+        checkpoint.load(runner.setup, plan, checkpoint.find(folder, "--load"), weights_only=True)
+        runner.step(3)
+        loads = {layer: row.tolist() for layer, row in runner.trace.loads[-1].items()}
+        return loads, {layer: row.tolist() for layer, row in runner.trace.biases[-1].items()}
+
+
+SAME_MICRO_BATCHES = {
+    "data": {"nproc": 2, "micro_batch_size": 2},
+    "experts": {"nproc": 2, "ep": 2, "micro_batch_size": 2},
+    "tensor": {"nproc": 2, "tp": 2, "micro_batch_size": 4},
+    "pipeline": {"nproc": 2, "pp": 2, "micro_batch_size": 4},
+    "interleaved": {"nproc": 2, "pp": 2, "vpp": 2, "micro_batch_size": 4},
+}
+
+
+@pytest.mark.parametrize("rule", ["adaptive", "sign"])
+def test_the_same_micro_batches_give_the_same_bias_at_every_split(rule: str, tmp_path: Path) -> None:
+    ranks.run(1, _saved, tmp_path)
+    ((loads, biases),) = ranks.run(1, _one_batch, tmp_path, {"nproc": 1, "micro_batch_size": 4}, rule)
+    assert len(loads) == 3
+    for name, job in SAME_MICRO_BATCHES.items():
+        found = ranks.run(2, _one_batch, tmp_path, job, rule)
+        assert {layer: row for rank in found for layer, row in rank[0].items()} == loads, name
+        assert {layer: row for rank in found for layer, row in rank[1].items()} == biases, name
+
+
+def _ranks_agree() -> list[bytes]:
+    trace = _trace({"nproc": 2, "global_batch_size": 16, "micro_batch_size": 2}, 4, MICRO)
+    return [bias.numpy().tobytes() for bias in trace.biases[-1].values()]
+
+
+def test_ranks_hold_the_same_bias_bit_for_bit() -> None:
+    first, second = ranks.run(2, _ranks_agree)
+    assert first == second
+
+
+def _uneven(mine: tuple[int, int]) -> str:
+    """Ranks with other numbers of micro-batches: what each raises, and that none waits for the other for ever."""
+    from alflb_megatron.settings import SettingError
+    from tests.distributed.test_abandoned import _training
+
+    with _training(False, nproc=2, alf=MICRO) as trainer:
+        trainer.step(2)
+        try:
+            trainer.step(mine[torch.distributed.get_rank()])
+        except (SettingError, RuntimeError) as error:
+            return str(error)
+        return ""
+
+
+@pytest.mark.parametrize("mine", [(2, 3), (3, 2), (1, 2), (4, 2)])
+def test_other_numbers_of_micro_batches_are_refused_by_name_and_never_hang(mine: tuple[int, int]) -> None:
+    said = ranks.run(2, _uneven, mine)
+    named = [one.startswith("--alflb-update-every=micro-batch: needs as many micro-batches") for one in said]
+    assert all(said) and (all(named) if abs(mine[0] - mine[1]) == 1 else any(named)), said
+
+
+def _given_up(enabled: bool, place: str) -> list[Any]:
+    """Loads and the batch's bias after a step that failed, for which no micro-batch of it may count."""
+    from tests.distributed import test_abandoned
+    from tests.distributed.test_identity import _routers
+
+    with test_abandoned._training(enabled, alf=MICRO) as trainer:
+        trainer.step(2)
+        (router,) = _routers(trainer.chunks[0]).values()
+        price = router.expert_bias.clone()
+        with pytest.raises(test_abandoned.Failed), getattr(test_abandoned, place)(trainer):
+            trainer.step(3)
+        found: list[Any] = [torch.equal(router.expert_bias, price) or place == "_in_the_optimizer"]
+        for micro_batches in (1, 2, 1):
+            trainer.step(micro_batches)
+            found += [trainer.loads(), int(router.alf_micro_batches)]
+        return found
+
+
+@pytest.mark.parametrize("enabled", [True, False])
+@pytest.mark.parametrize("place", ["_in_forward", "_in_backward", "_in_gradient_reduction", "_in_the_optimizer"])
+def test_a_batch_that_is_given_up_leaves_nothing(place: str, enabled: bool) -> None:
+    assert ranks.run(1, _given_up, enabled, place) == [[True, 128, 1, 256, 2, 128, 1]]
+
+
+def _looked_at() -> dict[str, Any]:
+    """The log, evaluation between steps, a frozen model, and what a checkpoint holds."""
+    from alflb_megatron.hosts.core import balancer_of
+    from alflb_megatron.hosts.log import WITHIN_BATCH_KEYS, balance_metrics
+    from tests.distributed.test_identity import _routers
+
+    with ranks.model_parallel():
+        runner = jobs.Runner(jobs.plan({"rule": "adaptive", "nproc": 1, "global_batch_size": 8}, **MICRO))
+        runner.step(0)
+        chunks = runner.setup.chunks
+        router = next(iter(_routers(chunks[0]).values()))
+        before = router.expert_bias.clone()
+        for chunk in chunks:
+            chunk.eval()
+        runner._maps = []
+        with torch.no_grad():
+            runner.forward_backward(1, forward_only=True)
+        maps = runner._maps
+        for chunk in chunks:
+            chunk.train()
+        runner.step(1)
+        shown = balance_metrics(chunks)
+        micro = balancer_of(chunks).last.micro_batches
+        return {
+            "keys": [name in shown for name in WITHIN_BATCH_KEYS],
+            "count": micro.count,
+            "worst at least the mean": bool((micro.vio_worst >= micro.vio_mean).all()),
+            "evaluated": len(maps),
+            "moved": not torch.equal(before, router.expert_bias),
+            "begins at the price": float((router.batch_bias - before).abs().max()) > 0,
+            "saved": sorted(name for name in router.state_dict() if "batch" in name),
+        }
+
+
+def test_what_is_seen_of_micro_batches() -> None:
+    (found,) = ranks.run(1, _looked_at)
+    assert found["keys"] == [True] * 3 and found["count"] == 4
+    assert found["worst at least the mean"] and found["moved"] and found["begins at the price"]
+    assert found["evaluated"] == 3 * 4
+    assert found["saved"] == ["alf_micro_batches"]
+
+
+def _resumed(rule: str) -> str:
+    """Four steps, against two steps, a state dict through a new model, and two more."""
+    plan = jobs.plan({"rule": rule, "nproc": 1, "global_batch_size": 8, "optimizer": "adam"}, **MICRO)
+    whole = jobs.trace(plan, 4)
+    with ranks.model_parallel():
+        first = jobs.Runner(plan)
+        for step in range(2):
+            first.step(step)
+        model, optimizer = first.setup.chunks[0].state_dict(), first.setup.optimizer.state_dict()
+        second = jobs.Runner(plan)
+        second.setup.chunks[0].load_state_dict(model)
+        second.setup.optimizer.load_state_dict(optimizer)
+        second.setup.scheduler.step(increment=2)
+        second.trace = first.trace
+        for step in range(2, 4):
+            second.step(step)
+        return second.trace.differs_from(whole)
+
+
+@pytest.mark.parametrize("rule", ["adaptive", "rms"])
+def test_a_resumed_run_is_the_same_run(rule: str) -> None:
+    assert ranks.run(1, _resumed, rule) == [""]
+
+
+def _broken(rule: str) -> dict[str, Any]:
+    """A NaN in one micro-batch of three, a micro-batch of padding alone."""
+    from alflb_megatron.balancer import Balancer
+    from alflb_megatron.within_batch import WithinBatch
+    from tests.distributed.test_router import _hidden, _router
+
+    with ranks.model_parallel():
+        router = _router({"rule": rule, **MICRO})
+        within = WithinBatch([router], router.tp_dp_cp_group)
+        balancer = Balancer([router], [1], router.tp_dp_cp_group)
+        biases = []
+        for seed, kind in enumerate(("sound", "broken", "padding", "sound")):
+            hidden = _hidden(seed)
+            if kind == "broken":
+                hidden[3, 1] = float("nan")
+            router(hidden, torch.full((64, 2), kind == "padding"))
+            biases.append(router.batch_bias.clone())
+        within._next()  # as another micro-batch would
+        biases.append(router.batch_bias.clone())
+        balancer.launch()
+        record = balancer.commit()
+        return {
+            "moved": [not torch.equal(a, b) for a, b in pairwise(biases)],
+            "rejected": bool(record.rejected.any()),
+            "price": router.expert_bias.abs().max().item(),
+            "finite": all(bool(bias.isfinite().all()) for bias in biases),
+        }
+
+
+@pytest.mark.parametrize("rule", ["adaptive", "sign"])
+def test_a_micro_batch_that_is_broken_or_empty_moves_nothing(rule: str) -> None:
+    (found,) = ranks.run(1, _broken, rule)
+    assert found["finite"] and found["rejected"] and found["price"] == 0
+    assert found["moved"] == [True, False, False, True]
+
+
+def _refused_with_graphs() -> str:
+    from tests.distributed.test_router import _refused
+
+    with ranks.model_parallel():
+        return _refused(update_every=MICRO["update_every"], cuda_graph_impl="transformer_engine")
+
+
+def test_cuda_graphs_are_refused() -> None:
+    (said,) = ranks.run(1, _refused_with_graphs)
+    assert said.startswith("--alflb-update-every=micro-batch: needs Python in every forward pass")

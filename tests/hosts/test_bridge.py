@@ -152,7 +152,11 @@ def test_a_pipeline_whose_first_stage_is_dense(tmp_path: Path) -> None:
     assert len(logged(output, "MaxVio")) == 3
 
 
-KEYS = [name if name in log.LOG_LINE_KEYS else f"alflb/{name}" for name in log.DESCRIPTIONS]
+KEYS = [
+    name if name in log.LOG_LINE_KEYS else f"alflb/{name}"
+    for name in log.DESCRIPTIONS
+    if name not in log.WITHIN_BATCH_KEYS
+]
 
 
 def test_wandb_has_loads_and_maxvio(run: Run) -> None:

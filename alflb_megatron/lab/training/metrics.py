@@ -26,6 +26,8 @@ def layer_metrics(last: Record | None) -> list[dict[str, Any]]:
         "gain": last.gain.tolist(),
         "rejected": last.rejected.tolist(),
     }
+    if (micro := last.micro_batches) is not None:
+        columns |= {"micro_vio": micro.vio_mean.tolist(), "micro_worst": micro.vio_worst.tolist()}
     return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
 
 
@@ -44,6 +46,9 @@ def step_metrics(rows: Sequence[dict[str, Any]], floor: float) -> dict[str, Any]
         "layers": [row["layer"] for row in rows],
         "loads": [row["loads"] for row in rows],
     }
+    if "micro_vio" in rows[0]:
+        found["maxvio_micro_mean"] = math.fsum(row["micro_vio"] for row in rows) / len(rows)
+        found["maxvio_micro_worst"] = max(row["micro_worst"] for row in rows)
     if rows[0]["bias"] is not None:
         found["bias"] = [row["bias"] for row in rows]
     if not all(math.isnan(row["gain"]) for row in rows):
