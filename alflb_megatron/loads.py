@@ -24,7 +24,7 @@ class LoadCounts(NamedTuple):
 
     loads_E: Tensor  # int64 [E]
     nonfinite: Tensor  # int64 [1], tokens with a score that is NaN or infinite
-    dictated: Tensor  # int64 [1], tokens whose experts somebody else chose (router replay)
+    dictated: Tensor | None  # int64 [1], tokens whose experts somebody else chose, where routers can be replayed
     histogram_EB: Tensor | None  # int32 [E, B], margins, where the rule needs them
 
 
@@ -52,19 +52,25 @@ class LoadCounter(nn.Module):
         num_experts: E.
         device: where the router is.
         with_margins: whether to count margins too (`margins.add`).
+        with_replay: whether somebody else may choose the experts (router replay).
     """
 
     tokens_per_expert: Tensor
     nonfinite: Tensor
-    dictated: Tensor
+    dictated: Tensor | None
     histogram_EB: Tensor | None
 
     def __init__(
-        self, num_experts: int, device: torch.device | int | str | None = None, with_margins: bool = False
+        self,
+        num_experts: int,
+        device: torch.device | int | str | None = None,
+        with_margins: bool = False,
+        with_replay: bool = False,
     ) -> None:
         super().__init__()
-        for name, size in (("tokens_per_expert", num_experts), ("nonfinite", 1), ("dictated", 1)):
-            self.register_buffer(name, torch.zeros(size, dtype=torch.int64, device=device), persistent=False)
+        for name, size in (("tokens_per_expert", num_experts), ("nonfinite", 1), ("dictated", int(with_replay))):
+            zeros = torch.zeros(size, dtype=torch.int64, device=device) if size else None
+            self.register_buffer(name, zeros, persistent=False)
         histogram = torch.zeros(num_experts, margins.BINS, dtype=torch.int32, device=device) if with_margins else None
         self.register_buffer("histogram_EB", histogram, persistent=False)
         if histogram is not None:
@@ -111,7 +117,7 @@ class LoadCounter(nn.Module):
         )
         self.tokens_per_expert.scatter_add_(0, experts_TK.reshape(-1), ones.reshape(-1))
         self._observe_more(ranked_TK, margins_TE, valid_T)
-        if dictated:
+        if dictated and self.dictated is not None:
             self.dictated += experts_TK.shape[0] if valid_T is None else valid_T.sum()
 
     @torch.no_grad()
@@ -169,7 +175,7 @@ def counting_all_passes(counters: Sequence[LoadCounter]) -> Iterator[None]:
 
     Loads alone: margins are not measured. Read `tokens_per_expert` before the block ends.
     """
-    parts = [(counter.tokens_per_expert, counter.nonfinite, counter.dictated) for counter in counters]
+    parts = [[part for part in counter.local()[:3] if part is not None] for counter in counters]
     kept = [([part.clone() for part in of], counter.passes) for of, counter in zip(parts, counters, strict=True)]
     for of, counter in zip(parts, counters, strict=True):
         for part in of:
@@ -238,7 +244,7 @@ class LoadAllReduce:
             LoadCounts(
                 loads_E=next(parts).to(torch.int64),
                 nonfinite=next(parts).to(torch.int64),
-                dictated=next(parts).to(torch.int64),
+                dictated=None if seen.dictated is None else next(parts).to(torch.int64),
                 histogram_EB=None if seen.histogram_EB is None else next(parts).view_as(seen.histogram_EB),
             )
             for seen in self._here

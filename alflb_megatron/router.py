@@ -84,7 +84,8 @@ class ALFRouter(ExpertBiasRouter):
             threshold=None if self.alf.frozen else self.alf.rule_knobs.threshold,
         )
         device = torch.cuda.current_device()
-        self.load_counter = LoadCounter(self.num_experts, device, with_margins=self.gate.threshold is not None)
+        margins, replay = self.gate.threshold is not None, config.moe_enable_routing_replay
+        self.load_counter = LoadCounter(self.num_experts, device, with_margins=margins, with_replay=replay)
         self.new_bias_state(device)
 
     # -- routing ---------------------------------------------------------------------------------------------------

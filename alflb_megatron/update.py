@@ -129,8 +129,10 @@ def update(
     nonfinite_L1 = torch.stack([layer.nonfinite for layer in seen]) > 0
     overflown_L1 = (loads_LE < 0).any(dim=-1, keepdim=True)
     refused_L1 = nonfinite_L1 | overflown_L1 | ~moved_LE.isfinite().all(dim=-1, keepdim=True)
-    dictated_L1 = torch.stack([layer.dictated for layer in seen]) > 0
-    commit_L1 = some_L1 & ~refused_L1 & ~dictated_L1
+    commit_L1 = some_L1 & ~refused_L1
+    dictated = [layer.dictated for layer in seen if layer.dictated is not None]
+    if dictated:  # one configuration makes all layers of a model
+        commit_L1 = commit_L1 & (torch.stack(dictated) == 0)
     if config.stop_after:
         if shown is None or shown.moved is None:
             moved_LE = faded(config, bias_LE, moved_LE, n_L1)

@@ -61,7 +61,12 @@ class _Stack:
     def counted(self) -> Tensor:
         """Everything that these routers have counted on this rank, flat, int32."""
         counters = [router.load_counter for router in self.routers]
-        parts = [torch.stack([getattr(counter, name) for counter in counters]) for name in _COUNTS]
+        no = torch.zeros_like(counters[0].nonfinite)
+        parts = [
+            torch.stack([counter.tokens_per_expert for counter in counters]),
+            torch.stack([counter.nonfinite for counter in counters]),
+            torch.stack([no if counter.dictated is None else counter.dictated for counter in counters]),
+        ]
         if self.pool_LEC is not None:
             parts.append(near_ties.coarsen(torch.stack([counter.histogram_EB for counter in counters])))
         return torch.cat([part.reshape(-1).to(torch.int32) for part in parts])
@@ -122,9 +127,6 @@ class _Stack:
         back_LE = near_ties.relative_move(self.pool_LEC, metrics.mean_load(self.loads_LE), self.price_LE - self.bias_LE)
         histogram_LEB = near_ties.spread(self.pool_LEC, back_LE)
         return Shown(Stats(histogram_LEB[..., SIDE:].sum(-1), self.n_L1.squeeze(1), histogram_LEB))
-
-
-_COUNTS = ("tokens_per_expert", "nonfinite", "dictated")
 
 
 class WithinBatch:

@@ -24,7 +24,7 @@ def filled(experts: int, threshold: Threshold | None) -> LoadCounter:
 def test_windows_of_all_kinds_travel_together_and_come_back_as_they_were() -> None:
     windows = [filled(8, Threshold.OWN), filled(12, None), filled(6, Threshold.NEXT)]
     together = LoadAllReduce(windows, None)
-    assert together.nbytes == 4 * ((8 + 2 + 8 * BINS) + (12 + 2) + (6 + 2 + 6 * BINS))
+    assert together.nbytes == 4 * ((8 + 1 + 8 * BINS) + (12 + 1) + (6 + 1 + 6 * BINS))
     for counter, seen, sent in zip(windows, together.wait(), together.sent, strict=True):
         assert torch.equal(seen.loads_E, counter.tokens_per_expert)
         assert seen.loads_E.dtype == torch.int64
@@ -40,7 +40,7 @@ def test_windows_of_all_kinds_travel_together_and_come_back_as_they_were() -> No
 
 def test_without_histograms_counts_travel_as_int64() -> None:
     together = LoadAllReduce([filled(8, None), filled(12, None)], None)
-    assert together.nbytes == 8 * (8 + 2 + 12 + 2)
+    assert together.nbytes == 8 * (8 + 1 + 12 + 1)
 
 
 def test_measuring_leaves_the_histogram_and_what_was_counted_alone() -> None:
