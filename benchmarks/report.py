@@ -26,6 +26,7 @@ from benchmarks import (
     scale,
     tried,
     upstream_quantile,
+    within_batch,
 )
 from benchmarks.machine import RESULTS
 
@@ -160,6 +161,17 @@ and mean of the last quarter, over the floor.
 
 Few steps of small models rank balance, not quality.
 
+### Inside the global batch
+
+Biases moved once a global batch, and by its micro-batches too ([rules.md](rules.md#inside-the-global-batch)): the
+global batch is fixed and cut into M micro-batches of whole sequences. The sequence floor is the MaxVio of a fresh batch
+of whole sequences under the bias that balances the distribution at the very weights, solved on other batches: a bias
+that is set before the batch is seen cannot be expected below it, one that follows the batch can.
+
+![MaxVio over training steps, biases moved inside the global batch](within_batch.png)
+
+{section("within_batch", within_batch.table)}
+
 ## Cost
 
 Router forward and backward plus one update, as a ratio to Megatron-Core's `TopKRouter` with its own expert bias (with
@@ -234,6 +246,8 @@ def main() -> None:
     (DOCS / "cluster.md").write_text(cluster(), encoding="utf-8")
     if found := results("cluster"):
         cluster_tables.figure(found).savefig(DOCS / "cluster.png")
+    if found := results("within_batch"):
+        within_batch.figure(found).savefig(DOCS / "within_batch.png")
     if found := results("in_training"):
         in_training.figure(found).savefig(DOCS / "in_training.png")
 

@@ -3,7 +3,7 @@
 Every run is a training of one rank and one thread on a preset, its global batch fixed and cut into M micro-batches of
 whole sequences. The rows are those of ROWS; `micro-batch` rows have `--alflb-update-every micro-batch`. MaxVio is the
 mean over the MoE layers, of a global batch or of its micro-batches (their mean). The sequence floor
-(`alflb_megatron.lab.theory.sequence_floor`) is taken at the steps of FLOOR_AT on FLOOR_BATCHES global batches of the
+(`alflb_megatron.lab.replay.sequence_floor`) is taken at the steps of FLOOR_AT on FLOOR_BATCHES global batches of the
 run's own text. A run that is finished in its folder is not run again, so an interrupted benchmark goes on; after a
 change of the code remove the folder. Repeat with
 
@@ -22,7 +22,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -36,6 +36,9 @@ from alflb_megatron.lab.training.resolve import resolve
 from alflb_megatron.metrics import max_vio, sampling_floor
 from benchmarks import machine
 from benchmarks.in_training import AUX_COEFF, NOISE, difference, logged, spread
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 ROWS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "auxiliary loss": ({"rule": "none", "aux_loss_coeff": AUX_COEFF}, {}),
@@ -107,7 +110,7 @@ def train(one: Mapping[str, Any], out: Path) -> None:
             return record
 
         def _floor(self, step: int) -> float:
-            from alflb_megatron.lab.theory.sequence_floor import sequence_floor
+            from alflb_megatron.lab.replay.sequence_floor import sequence_floor
 
             routers: list[Any] = self.setup.balancer.routers
             batches: list[list[Tensor]] = [[] for _ in routers]
@@ -231,6 +234,8 @@ def collect(out: Path, preset: str, counts: Sequence[int], seeds: Sequence[int],
                 continue  # the same as once a global batch, bit for bit: a test says so
             found = [finished(out, options(preset, row, count, seed)) for seed in seeds]
             runs = [one for one in found if one is not None]
+            if len(runs) < len(seeds):
+                continue  # not run, or not yet
             revisions |= {one["git_revision"] for one in runs}
             each = [figures_of(one) for one in runs]
             shown[row] = {name: spread([one[name] for one in each]) for name in FIGURES}
@@ -301,6 +306,29 @@ def table(results: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def figure(results: Mapping[str, Any]) -> Figure:
+    """MaxVio by step of the rows at the middle number of micro-batches, and the sequence floor."""
+    from matplotlib.figure import Figure
+
+    from alflb_megatron.lab.display.plot_style import COLOURS, DPI, style_axes
+
+    found = next(iter(results["presets"].values()))
+    count, shown = max(found["by_micro_batches"].items(), key=lambda item: len(item[1]))
+    drawn = Figure(figsize=(9, 4.2), dpi=DPI, layout="constrained")
+    axes = drawn.add_subplot()
+    for (row, figures), colour in zip(shown.items(), (*COLOURS, "grey", "brown", "olive"), strict=False):
+        width = 2.0 if row in (OURS, YARDSTICK) else 1.0
+        axes.plot(range(1, len(figures["maxvio"]) + 1), figures["maxvio"], label=row, linewidth=width, color=colour)
+    floor = shown[OURS]["floor"]
+    axes.plot([int(step) for step in floor], list(floor.values()), "k.--", label="sequence floor")
+    axes.set_yscale("log")
+    axes.set_xlabel(f"training step ({found['tokens']:,} tokens)")
+    axes.set_ylabel(f"MaxVio, M = {count}, mean over layers and seeds")
+    axes.legend(fontsize=8, ncols=2, frameon=False)
+    style_axes(axes)
+    return drawn
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--presets", default="tiny")
@@ -309,7 +337,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--rows", default="|".join(ROWS), help="names of rows, with | between them")
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time, a core each")
     parser.add_argument("--out", type=Path, default=Path("runs/within_batch"))
-    parser.add_argument("--json", type=Path, default=Path(__file__).with_name("results") / "within_batch.json")
+    parser.add_argument("--json", type=Path, default=machine.RESULTS / "within_batch.json")
+    parser.add_argument("--collect", action="store_true", help="take the runs that are there, and run none")
     parser.add_argument("--run", help=argparse.SUPPRESS)
     flags = parser.parse_args(arguments)
     if flags.run:
@@ -326,9 +355,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         for row in rows
         if not ("micro-batch" in row and count == 1)
     ]
-    run_all(runs, flags.out, flags.jobs)
+    if not flags.collect:
+        run_all(runs, flags.out, flags.jobs)
     found = {preset: collect(flags.out, preset, counts, seeds, rows) for preset in presets}
-    results = {"machine": machine.describe(), "presets": found}
+    results = {"machine": {**machine.describe(), "threads": 1}, "presets": found}
     write_json(flags.json, results)
     print(table(results))
 
