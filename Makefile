@@ -18,7 +18,7 @@ LATEST = .venv-latest
 PIP = -m pip install --quiet --disable-pip-version-check
 ARGS ?=
 # What may differ with the version of Megatron-Core, SciPy or Python, or with torch's build.
-ON_LATEST = tests/test_routing.py tests/test_margins.py tests/test_loads.py tests/test_alarms.py tests/rules \
+ON_LATEST = tests/test_routing.py tests/test_margins.py tests/test_near_ties.py tests/test_loads.py tests/test_alarms.py tests/rules \
 	tests/lab/theory tests/lab/checkpoints tests/hosts tests/distributed
 
 .PHONY: demo test reliability test-hosts test-latest check docs site setup hosts launch latest clean distclean

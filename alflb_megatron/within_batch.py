@@ -140,7 +140,7 @@ class WithinBatch:
     def __init__(self, routers: Sequence[Any], group: dist.ProcessGroup | None) -> None:
         self.routers, self.group = list(routers), group
         self.micro_batches = 0  # begun in this global batch
-        self.collectives = self.bytes_sent = 0  # of this global batch
+        self.messages = self.bytes_sent = 0  # of this global batch
         self._stacks: list[_Stack] = []
         self._moving: set[int] = set()
         self._called: list[int] = []  # routers that have routed in this micro-batch, by id
@@ -222,7 +222,7 @@ class WithinBatch:
             for stack in self._stacks:
                 for router in stack.routers:
                     router.alf_micro_batches.fill_(self.micro_batches)
-        self.micro_batches = self.collectives = self.bytes_sent = 0
+        self.micro_batches = self.messages = self.bytes_sent = 0
         self._sum, self._unsent, self._finished = None, False, False
         self._stacks, self._called, self._flags = [], [], []
         self._moving = set()
@@ -260,7 +260,7 @@ class WithinBatch:
         flat = torch.cat([*parts, torch.full((1,), int(final), dtype=torch.int32, device=device)])
         alone = not dist.is_initialized() or dist.get_world_size(self.group) == 1
         work = None if alone else dist.all_reduce(flat, group=self.group, async_op=True)
-        self.collectives += work is not None
+        self.messages += 1
         self.bytes_sent += flat.numel() * flat.element_size()
         self._sum, self._unsent = (flat, work), False
 

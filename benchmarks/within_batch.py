@@ -174,6 +174,80 @@ def _scores(routers: Sequence[Any], gate: str) -> Iterator[list[list[Tensor]]]:
         del router.gating
 
 
+# -- what it costs ----------------------------------------------------------------------------------------------------
+
+COST_SHAPES = ((16, 2, 4096), (64, 6, 4096), (256, 8, 4096))
+"""Experts, K and tokens of a micro-batch."""
+
+
+def cost(rounds: int = 15, layers: int = 8, micro_batches: int = 8, hidden_size: int = 1024) -> list[dict[str, Any]]:
+    """Seconds of routers' forward and backward and of the update, a global batch, once a micro-batch against once.
+
+    Both in one process, in turn; the ratio is the median over rounds of the ratio of neighbours. Also the bytes and the
+    number of all-reduces of each, which are of one rank's own messages and need no second rank to be counted.
+    """
+    import dataclasses
+    import time
+
+    from alflb_megatron.balancer import Balancer
+    from alflb_megatron.config import ALFConfig
+    from alflb_megatron.hosts import cpu
+
+    cpu.prepare()
+    as_single_rank()
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo")
+    from megatron.core import parallel_state
+    from megatron.core.transformer.moe.moe_utils import get_default_pg_collection
+
+    from alflb_megatron.hosts.core import RouterBuilder
+    from alflb_megatron.lab.training import build
+    from alflb_megatron.within_batch import WithinBatch
+
+    parallel_state.initialize_model_parallel()
+    build.seed_ranks(1)
+    rows = []
+    for experts, topk, tokens in COST_SHAPES:
+        plan = resolve({"rule": "none", "nproc": 1, "ep": 1}, {"num_experts": experts, "topk": topk}, {})
+        config = dataclasses.replace(build.transformer_config(plan), hidden_size=hidden_size, moe_router_dtype="fp32")
+        row: dict[str, Any] = {"experts": experts, "topk": topk, "tokens": tokens}
+        for rule in ("sign", "adaptive"):
+            seconds: dict[str, list[float]] = {}
+            kinds = {}
+            for every in ("global-batch", "micro-batch"):
+                builder = RouterBuilder(ALFConfig(rule=rule, update_every=every))
+                groups = get_default_pg_collection()
+                routers = [builder(config=config, pg_collection=groups) for _ in range(layers)]
+                for number, router in enumerate(routers, 1):
+                    router.set_layer_number(number)
+                if every == "micro-batch":
+                    WithinBatch(routers, routers[0].tp_dp_cp_group)
+                kinds[every] = routers, Balancer(routers, range(1, layers + 1), routers[0].tp_dp_cp_group)
+            upstream_TE = torch.randn(tokens, experts)
+            for number in range(rounds + 2):
+                hidden = torch.randn(tokens // 8, 8, hidden_size)
+                for every, (routers, balancer) in sorted(kinds.items(), reverse=number % 2 == 1):
+                    began = time.perf_counter()
+                    for _ in range(micro_batches):
+                        for router in routers:
+                            router(hidden)[0].backward(upstream_TE)
+                    balancer.launch()
+                    within = routers[0].within_batch
+                    if number == 0:
+                        sent = [balancer.under_way.nbytes if balancer.under_way else 0, 1]
+                        if within is not None:
+                            sent = [sent[0] + within.bytes_sent, sent[1] + within.messages]
+                        row[f"{rule}, {every}"] = sent
+                    balancer.commit()
+                    if number > 1:
+                        seconds.setdefault(every, []).append(time.perf_counter() - began)
+            pairs = zip(seconds["micro-batch"], seconds["global-batch"], strict=True)
+            row[rule] = statistics.median(micro / whole for micro, whole in pairs)
+        rows.append(row)
+        print(row, file=sys.stderr, flush=True)
+    return rows
+
+
 # -- all runs ----------------------------------------------------------------------------------------------------------
 
 
@@ -303,6 +377,24 @@ def table(results: Mapping[str, Any]) -> str:
                     f"MaxVio_global {of['maxvio_global']:+.3f} ({of['maxvio_global, noise']:.3f}).",
                 ]
             lines.append("")
+    if "cost" in results:
+        lines += [
+            "What it costs on this CPU: forward and backward of 8 routers over 8 micro-batches and the update, as a "
+            "ratio to once a global batch, and what a rank sends a global batch.",
+            "",
+            "| experts, K, tokens | "
+            + " | ".join(f"{rule}, ratio | bytes (messages)" for rule in ("sign", "adaptive"))
+            + " |",
+            "|---|---|---|---|---|",
+        ]
+        for row in results["cost"]:
+            cells = []
+            for rule in ("sign", "adaptive"):
+                sent = [row[f"{rule}, {every}"] for every in ("micro-batch", "global-batch")]
+                text = " against ".join(f"{size:,} ({count})" for size, count in sent)
+                cells += [f"{row[rule]:.3f}", text]
+            lines.append(f"| {row['experts']}, {row['topk']}, {row['tokens']:,} | " + " | ".join(cells) + " |")
+        lines.append("")
     return "\n".join(lines)
 
 
@@ -339,11 +431,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/within_batch"))
     parser.add_argument("--json", type=Path, default=machine.RESULTS / "within_batch.json")
     parser.add_argument("--collect", action="store_true", help="take the runs that are there, and run none")
+    parser.add_argument(
+        "--cost", action="store_true", help="measure what it costs alone, into the results that are there"
+    )
     parser.add_argument("--run", help=argparse.SUPPRESS)
     flags = parser.parse_args(arguments)
     if flags.run:
         one = json.loads(flags.run)
         train(one, folder(flags.out, one))
+        return
+    if flags.cost:
+        results = json.loads(flags.json.read_text(encoding="utf-8"))
+        write_json(flags.json, {**results, "cost": cost()})
         return
     presets, counts = flags.presets.split(","), [int(count) for count in flags.micro_batches.split(",")]
     seeds, rows = [FIRST_SEED + i for i in range(flags.seeds)], flags.rows.split("|")

@@ -20,14 +20,17 @@ def _trace(job: dict[str, Any], steps: int, alf: dict[str, Any]) -> jobs.Trace:
     return jobs.trace(jobs.plan({"nproc": 1, "rule": "adaptive", **job}, **alf), steps)
 
 
-def _one_micro_batch(rule: str) -> str:
-    job = {"rule": rule, "nproc": 2, "ep": 2, "global_batch_size": 8, "micro_batch_size": 4}
-    return _trace(job, 6, MICRO).differs_from(_trace(job, 6, {}))
+def _one_micro_batch() -> dict[str, str]:
+    found = {}
+    for rule in rules.names():
+        job = {"rule": rule, "nproc": 2, "ep": 2, "global_batch_size": 8, "micro_batch_size": 4}
+        found[rule] = _trace(job, 3, MICRO).differs_from(_trace(job, 3, {}))
+    return found
 
 
-@pytest.mark.parametrize("rule", rules.names())
-def test_with_one_micro_batch_nothing_changes(rule: str) -> None:
-    assert ranks.run(2, _one_micro_batch, rule) == ["", ""]
+def test_with_one_micro_batch_nothing_changes() -> None:
+    for found in ranks.run(2, _one_micro_batch):
+        assert found == dict.fromkeys(rules.names(), "")
 
 
 def _vio(trace: jobs.Trace, steps: slice) -> float:
@@ -47,13 +50,17 @@ def test_several_micro_batches_are_balanced_better(rule: str) -> None:
     assert micro < 0.7 * whole
 
 
-def _recomputed(recompute: str, job: dict[str, Any], rule: str) -> str:
-    job = {"rule": rule, "global_batch_size": 16, "micro_batch_size": 2, **job}
-    plain = _trace(job, 5, MICRO)
-    again = _trace({**job, "recompute": recompute}, 5, MICRO)
-    for trace in (plain, again):  # a recomputed layer routes twice, which differs_from would take for a difference
-        trace.maps = []
-    return again.differs_from(plain)
+def _recomputed(job: dict[str, Any]) -> dict[tuple[str, str], str]:
+    found = {}
+    for rule in ("adaptive", "sign"):
+        cut = {"rule": rule, "global_batch_size": 16, "micro_batch_size": 2, **job}
+        plain = _trace(cut, 3, MICRO)
+        for recompute in ("full", "moe"):
+            again = _trace({**cut, "recompute": recompute}, 3, MICRO)
+            for trace in (plain, again):  # a recomputed layer routes twice: for `differs_from` a difference
+                trace.maps = []
+            found[rule, recompute] = again.differs_from(plain)
+    return found
 
 
 SPLITS = {
@@ -64,13 +71,10 @@ SPLITS = {
 }
 
 
-@pytest.mark.parametrize("recompute", ["full", "moe"])
 @pytest.mark.parametrize("split", SPLITS)
-@pytest.mark.parametrize("rule", ["adaptive", "sign"])
-def test_recomputation_changes_nothing(rule: str, split: str, recompute: str) -> None:
-    job = SPLITS[split]
-    found = ranks.run(job.get("nproc", 1), _recomputed, recompute, job, rule)
-    assert set(found) == {""}
+def test_recomputation_changes_nothing(split: str) -> None:
+    for found in ranks.run(SPLITS[split].get("nproc", 1), _recomputed, SPLITS[split]):
+        assert set(found.values()) == {""}, found
 
 
 def _one_batch(folder: Path, job: dict[str, Any], rule: str) -> tuple[dict[int, list[int]], dict[int, list[float]]]:
