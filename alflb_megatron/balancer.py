@@ -131,7 +131,10 @@ class Balancer:
         outcome = Outcome.of_nothing(len(seen), device)
         for config, indices in alike(self.routers):
             routers = [self.routers[i] for i in indices]
-            rows = update(config, routers, [seen[i] for i in indices], self._shown(routers))
+            shown = self._shown(routers)
+            if shown is not None and disagreement:
+                continue  # ranks that were healed saw other micro-batches: this batch moves nothing
+            rows = update(config, routers, [seen[i] for i in indices], shown)
             outcome.put(self._index(tuple(indices), device), rows)
         self.updates += 1
         self.rejections = self.rejections + outcome.rejected
@@ -183,6 +186,8 @@ class Balancer:
         if self._sum is not None:
             for router, sent in zip(self.routers, self._sum.sent, strict=True):
                 router.load_counter.subtract(sent)
+            for within in self._within:
+                within.end(committed=False)
             self.withdraw()
 
     def withdraw(self) -> None:

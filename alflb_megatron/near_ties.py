@@ -1,6 +1,6 @@
 """Coarse histograms of margins: what micro-batches send, small enough for each, and what follows a moving bias.
 
-A histogram of `margins.BINS` bins is merged into BINS of this module: one bin an octave from 2^-10 to 2^4 on either
+A histogram of `margins.BINS` bins is merged into BINS of this module: one bin an octave from 2^-20 to 2^4 on either
 side of the tie, and the two outermost, where no bias can bring a token. Density is nearly even around a tie, so a place
 inside a bin is as good as a finer one.
 
@@ -19,8 +19,8 @@ from torch import Tensor
 
 from alflb_megatron import margins
 
-SMALLEST, LARGEST = -10, 4
-"""Exponents of the range of the inner bins."""
+SMALLEST, LARGEST = -20, 4
+"""Exponents of the range of the inner bins: scores of a softmax gate over many experts are small."""
 
 _OCTAVES = [1 + ((exponent - margins.SMALLEST) << margins.MANTISSA_BITS) for exponent in range(SMALLEST, LARGEST + 1)]
 _CUTS = ([0, 1] + [margins.SIDE - at for at in reversed(_OCTAVES)] + [margins.SIDE + at for at in (0, *_OCTAVES)]) + [

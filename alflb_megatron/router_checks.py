@@ -37,6 +37,13 @@ def check_router_config(config: TransformerConfig, alf: ALFConfig) -> None:
             alf.update_every,
             "needs Python in every forward pass, which a CUDA graph of a layer replays without; use global-batch",
         )
+    if getattr(config, "overlap_moe_expert_parallel_comm", False) and alf.update_every == "micro-batch":
+        raise SettingError(
+            "--alflb-update-every",
+            alf.update_every,
+            "needs the model's own forward pass, which --overlap-moe-expert-parallel-comm takes apart; use "
+            "global-batch",
+        )
     if config.moe_router_topk > config.num_moe_experts:
         raise SettingError(
             "--moe-router-topk", config.moe_router_topk, f"must be at most the {config.num_moe_experts} experts"

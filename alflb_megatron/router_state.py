@@ -235,6 +235,8 @@ class ExpertBiasRouter(TopKRouter):
                 state_dict[prefix + name] = beginning.get(name, torch.zeros_like(mine)) if whole else mine
         if whole:
             reset([self.load_counter])
+            if self.within_batch is not None:
+                self.within_batch.end(committed=False)
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
 

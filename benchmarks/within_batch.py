@@ -229,6 +229,8 @@ def cost(rounds: int = 15, layers: int = 8, micro_batches: int = 8, hidden_size:
                 for every, (routers, balancer) in sorted(kinds.items(), reverse=number % 2 == 1):
                     began = time.perf_counter()
                     for _ in range(micro_batches):
+                        if routers[0].within_batch is not None:
+                            routers[0].within_batch.begin_micro_batch()
                         for router in routers:
                             router(hidden)[0].backward(upstream_TE)
                     balancer.launch()

@@ -129,8 +129,8 @@ def balancer_of(model: Sequence[nn.Module], group: dist.ProcessGroup | None = No
     """The balancer of a model given as the list of its chunks, as Megatron's schedules hand it to `finalize`.
 
     `group` is what loads are summed over; by default the routers' own TP x CP x DP group: all ranks that train on the
-    global batch, which spans the expert-parallel groups. It counts when the balancer is made, at the first call. Where
-    routers have come or gone since then (adapters, a teacher), the model gets a new one.
+    global batch, expert-parallel groups included. It counts when the balancer is made. Where routers have come or gone
+    since then (adapters, a teacher), the model gets a new one.
     """
     found = [named for named in named_routers(model) if "load_counter" in named.router._modules]
     routers: list[Any] = [named.router for named in found]
@@ -143,7 +143,7 @@ def balancer_of(model: Sequence[nn.Module], group: dist.ProcessGroup | None = No
     if group is None and routers:
         group = _one_group(found)
     for chunk in model:
-        move_within_batch(chunk)
+        move_within_batch(chunk, group)
     layers = [named.layer for named in found]
     paths = [named.path for named in found]
     balancer = Balancer(routers, layers, group, paths, labels(layers, paths))
@@ -161,18 +161,23 @@ def _one_group(found: Sequence[NamedRouter]) -> dist.ProcessGroup | None:
         for named in found:
             if dist.get_process_group_ranks(named.router.tp_dp_cp_group) != dist.get_process_group_ranks(group):
                 raise ValueError(
-                    f"{found[0].path} and {named.path} sum their loads over different ranks: ALF-LB serves one "
-                    "group of ranks a model"
+                    f"{found[0].path} and {named.path} sum their loads over other ranks: one group serves a model"
                 )
     return group
 
 
-def move_within_batch(chunk: nn.Module) -> None:
-    """Has the micro-batches of a chunk move the biases of those of its routers that are set so."""
+def move_within_batch(chunk: nn.Module, group: dist.ProcessGroup | None = None) -> None:
+    """Has the micro-batches of a chunk move the biases of those of its routers that are set so, over `group`."""
     routers = [module for module in chunk.modules() if isinstance(module, ALFRouter) and module.moves_within_batch]
-    if routers and (routers[0].within_batch is None or routers[0].within_batch.routers != routers):
-        existing = existing_balancer(chunk)
-        WithinBatch(routers, routers[0].tp_dp_cp_group if existing is None else existing.group)
+    if not routers:
+        return
+    before = routers[0].within_batch
+    if before is not None:
+        if before.routers == routers and group in (None, before.group):
+            return
+        group = group or before.group
+        before.detach()
+    WithinBatch(routers, group or routers[0].tp_dp_cp_group).follow(bare(chunk))
 
 
 def existing_balancer(chunk: nn.Module) -> Balancer | None:

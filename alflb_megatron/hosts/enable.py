@@ -30,6 +30,7 @@ from alflb_megatron.hosts.core import (
 )
 from alflb_megatron.hosts.patching import Patch
 from alflb_megatron.loads import LoadAllReduce, reset_all
+from alflb_megatron.within_batch import detach_all
 
 logger = logging.getLogger(__name__)
 
@@ -99,6 +100,7 @@ def disable() -> None:
     global _enabled
     forget_with_gradients_no_more("enable")
     _finalizing.clear()
+    detach_all()
     for patches in (_building, _updating):
         while patches:
             patches.pop().undo()

@@ -246,9 +246,10 @@ def _broken(rule: str) -> dict[str, Any]:
             hidden = _hidden(seed)
             if kind == "broken":
                 hidden[3, 1] = float("nan")
-            router(hidden, torch.full((64, 2), kind == "padding"))
+            within.begin_micro_batch()
             biases.append(router.batch_bias.clone())
-        within._next()  # as another micro-batch would
+            router(hidden, torch.full((64, 2), kind == "padding"))
+        within.begin_micro_batch()
         biases.append(router.batch_bias.clone())
         balancer.launch()
         record = balancer.commit()
@@ -277,3 +278,162 @@ def _refused_with_graphs() -> str:
 def test_cuda_graphs_are_refused() -> None:
     (said,) = ranks.run(1, _refused_with_graphs)
     assert said.startswith("--alflb-update-every=micro-batch: needs Python in every forward pass")
+
+
+# -- what is not the same on every rank, or not there ------------------------------------------------------------------
+
+
+class _Layers(torch.nn.Module):
+    """Two routers that a rank may call in any order, or not at all, as a tower without images is."""
+
+    def __init__(self, **alf: Any) -> None:
+        from tests.distributed.test_router import _router
+
+        super().__init__()
+        self.routers = torch.nn.ModuleList([_router({"rule": "sign", "step_size": 0.01, **MICRO, **alf}) for _ in "ab"])
+        for number, router in enumerate(self.routers, 1):
+            router.set_layer_number(number)
+            torch.nn.init.normal_(router.weight, generator=torch.Generator().manual_seed(number))
+
+    def forward(self, hidden: torch.Tensor, order: str) -> torch.Tensor:
+        return sum((self.routers["ab".index(name)](hidden)[0].sum() for name in order), hidden.sum() * 0)
+
+
+def _orders(rule: str, orders: tuple[tuple[str, ...], ...]) -> list[bytes]:
+    """Biases after three global batches in which each rank called its routers in these orders."""
+    from alflb_megatron.hosts.core import balancer_of
+    from tests.distributed.test_router import _hidden
+
+    rank = torch.distributed.get_rank()
+    with ranks.model_parallel():
+        model = _Layers(rule=rule, **({"step_size": None} if rule == "adaptive" else {}))
+        balancer = balancer_of([model])
+        for step in range(3):
+            for number, order in enumerate(orders[rank]):
+                model(_hidden(10 * step + number + 100 * rank), order)
+            balancer.launch()
+            balancer.commit()
+        return [router.expert_bias.numpy().tobytes() for router in model.routers]
+
+
+@pytest.mark.parametrize("rule", ["adaptive", "sign"])
+@pytest.mark.parametrize(
+    "orders",
+    [(("ab", "a"), ("ab", "ab")), (("ab", "ba"), ("ab", "ab")), (("b", "ab"), ("ab", "ab")), (("", "ab"), ("ab", "b"))],
+    ids=["one is left out", "another order", "the first is left out", "none routes"],
+)
+def test_ranks_may_route_in_other_layers_or_another_order(rule: str, orders: Any) -> None:
+    first, second = ranks.run(2, _orders, rule, orders)
+    assert first == second
+
+
+def _healed(rule: str) -> list[float]:
+    """The largest difference of this rank's bias from rank 0's after each step; rank 1 flips it before the second."""
+    from alflb_megatron.hosts.core import balancer_of
+    from tests.distributed.test_router import _hidden
+
+    rank = torch.distributed.get_rank()
+    with ranks.model_parallel():
+        model = _Layers(rule=rule, check_every=1, step_size=None)
+        balancer, found = balancer_of([model]), []
+        for step in range(4):
+            if step == 1 and rank == 1:
+                model.routers[0].expert_bias[5] += 0.1
+            for number in range(3):
+                model(_hidden(10 * step + number + 100 * rank), "ab")
+            balancer.launch()
+            balancer.commit()
+            bias = model.routers[0].expert_bias.clone()
+            torch.distributed.broadcast(bias, 0)
+            found.append(float((bias - model.routers[0].expert_bias).abs().max()))
+        return [*found, float(balancer.disagreements)]
+
+
+@pytest.mark.parametrize("rule", ["adaptive", "sign"])
+def test_a_bias_that_differs_is_healed(rule: str) -> None:
+    for found in ranks.run(3, _healed, rule):
+        assert found == [0.0, 0.0, 0.0, 0.0, 1.0]
+
+
+def _own_group() -> list[Any]:
+    """Loads summed over a group that the host gave: each rank alone."""
+    from alflb_megatron.hosts.core import balancer_of
+    from tests.distributed.test_router import _hidden
+
+    rank = torch.distributed.get_rank()
+    with ranks.model_parallel():
+        groups = [torch.distributed.new_group([one]) for one in range(2)]
+        model = _Layers()
+        balancer = balancer_of([model], groups[rank])
+        for number in range(2):
+            model(_hidden(number + 100 * rank), "ab")
+        balancer.launch()
+        record = balancer.commit()
+        return [
+            int(record.loads[0].sum()),
+            record.micro_batches.count,
+            model.routers[0].within_batch.group is groups[rank],
+        ]
+
+
+def test_the_hosts_group_is_that_of_micro_batches_too() -> None:
+    assert ranks.run(2, _own_group) == [[2 * 256, 2, True]] * 2
+
+
+def _disabled() -> list[Any]:
+    """Steps while ALF-LB is disabled: routed by the price, which nothing moves."""
+    import alflb_megatron
+    from tests.distributed.test_abandoned import _training
+    from tests.distributed.test_identity import _routers
+
+    with _training(True, alf=MICRO) as trainer:
+        trainer.step(4)
+        (router,) = _routers(trainer.chunks[0]).values()
+        price = router.expert_bias.clone()
+        alflb_megatron.disable()
+        for _ in range(3):
+            trainer.step(4)
+        found: list[Any] = [torch.equal(router.expert_bias, price)]
+        alflb_megatron.enable(rule="sign", **MICRO)
+        trainer.step(1)
+        return [*found, trainer.loads(), trainer.n(), bool((router.expert_bias - price).abs().max() < 2.1e-3)]
+
+
+def test_while_disabled_the_price_routes_and_stands_still() -> None:
+    assert ranks.run(1, _disabled) == [[True, 128, 2, True]]
+
+
+def _many_small_scores(experts: int) -> tuple[float, float]:
+    """MaxVio with a softmax gate over many experts, whose scores are small, with micro-batches and without."""
+    from alflb_megatron.balancer import Balancer
+    from alflb_megatron.within_batch import WithinBatch
+    from tests.distributed.test_router import _router
+
+    found = []
+    with ranks.model_parallel():
+        for alf in (MICRO, {}):
+            router = _router(
+                {"rule": "adaptive", **alf},
+                num_moe_experts=experts,
+                moe_router_topk=8,
+                moe_router_score_function="softmax",
+            )
+            within = WithinBatch([router], router.tp_dp_cp_group) if alf else None
+            balancer = Balancer([router], [1], router.tp_dp_cp_group)
+            skew = torch.linspace(0, 1, experts)
+            vio = []
+            for step in range(10):
+                for number in range(4):
+                    if within is not None:
+                        within.begin_micro_batch()
+                    generator = torch.Generator().manual_seed(100 * step + number)
+                    router.routing((torch.randn(1024, 1, experts, generator=generator) * 0.3 + skew).requires_grad_())
+                balancer.launch()
+                vio.append(float(balancer.commit().max_vio()))
+            found.append(sum(vio[3:]) / len(vio[3:]))
+    return found[0], found[1]
+
+
+def test_small_scores_of_many_experts_are_told_apart() -> None:
+    ((micro, whole),) = ranks.run(1, _many_small_scores, 256)
+    assert micro < 1.1 * whole

@@ -29,7 +29,8 @@ STEP_KEYS = (
     "bias_spread",  # largest over layers of (max - min) of the expert bias
     "layers",  # numbers of the MoE layers
     "loads",  # one row of int counts a MoE layer
-)  # and, where there are such things: aux_loss; bias, one row of floats a MoE layer
+)  # and, where there are such things: aux_loss; bias, one row of floats a MoE layer; maxvio_micro_mean and
+# maxvio_micro_worst, MaxVio of this global batch's micro-batches, where these move the bias
 
 
 class HalfWrittenLine(UserWarning):
