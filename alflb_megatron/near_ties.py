@@ -7,6 +7,7 @@ inside a bin is as good as a finer one.
 When a layer's bias moves by D, the margin of a token at expert k moves by D_k, less what the expert it must beat has
 moved by. Of that the mean is taken over the experts that tokens are near to: D_k - sum_e h_e D_e / sum_e h_e, h_e being
 the density of margins of e at the tie. Counts stay integers: their sums over ranks are exact, and equal at every split.
+Callers may count in parts of a token (UNIT), which leaves less to rounding where an expert has few.
 Shapes: L layers, E experts, C = BINS.
 """
 
@@ -28,6 +29,9 @@ _CUTS = ([0, 1] + [margins.SIDE - at for at in reversed(_OCTAVES)] + [margins.SI
     margins.BINS,
 ]
 BINS = len(_CUTS) - 1
+UNIT = 256
+"""Parts of a token that a pool counts in."""
+
 _MIDDLE = BINS // 2
 
 
@@ -73,8 +77,8 @@ def moved(counts_LEC: Tensor, by_LE: Tensor) -> Tensor:
 
 
 def spread(counts_LEC: Tensor, by_LE: Tensor) -> Tensor:
-    """The same in the bins of `margins`, int32 [L, E, B], for what reads those."""
-    return _resampled(counts_LEC, by_LE, margins.edges(counts_LEC.device)[1:-1]).to(torch.int32)
+    """The same in the bins of `margins`, [L, E, B], for what reads those."""
+    return _resampled(counts_LEC, by_LE, margins.edges(counts_LEC.device)[1:-1])
 
 
 def _resampled(counts_LEC: Tensor, by_LE: Tensor, onto: Tensor) -> Tensor:

@@ -80,8 +80,8 @@ class Pool:
             self.bias_LE = torch.where(sound_L1, moved_LE, self.bias_LE)
             self.state = {name: keep_where(sound_L1, rows, self.state[name]) for name, rows in state.items()}
         else:
-            self.pool_LEC = self.pool_LEC + ties.view_as(self.pool_LEC) * sound_L1.unsqueeze(-1)
-            self.loads_LE = self.loads_LE + loads_LE * sound_L1
+            self.pool_LEC = self.pool_LEC + near_ties.UNIT * ties.view_as(self.pool_LEC) * sound_L1.unsqueeze(-1)
+            self.loads_LE = self.loads_LE + near_ties.UNIT * loads_LE * sound_L1
             self.seen_L1 = self.seen_L1 + sound_L1
             if not is_last:
                 self._follow(self.pool_LEC, sound_L1)

@@ -41,7 +41,8 @@ State = dict[str, Tensor]
 class Stats:
     """What a rule is shown of one global batch.
 
-    loads: int64 [L, E], tokens that chose each expert over all ranks and micro-batches, before any is dropped.
+    loads: int64 [L, E], tokens that chose each expert over all ranks and micro-batches, before any is dropped; with
+    `--alflb-update-every micro-batch`, in parts of a token (`near_ties.UNIT`), as is the histogram.
     n: int64 [L], 1-based number of this update in each layer (the n of u/n).
     histogram: int32 [L, E, B], margins of the same tokens, where the rule has a `threshold`.
     """
