@@ -203,9 +203,11 @@ class ExpertBiasRouter(TopKRouter):
         """
         saved = self._saved_state()
         first = {STATE_PREFIX + name: row for name, row in self._first_state().items() if STATE_PREFIX + name in saved}
+        # Not what `alf_rule` holds: a distributed checkpoint is read into the buffers themselves, and then handed in.
+        beginning = {"alf_rule": self.alf_rule.new_tensor([rule_id(self.alf.rule)]), **first}
         written_by = state_dict.get(prefix + "alf_rule") if "alf_rule" in saved else None
         if written_by is not None and int(written_by) != rule_id(self.alf.rule):
-            afresh = {"alf_n": torch.zeros_like(self.alf_n), "alf_rule": self.alf_rule, **first}
+            afresh = {"alf_n": torch.zeros_like(self.alf_n), **beginning}
             state_dict.update({prefix + name: row for name, row in afresh.items()})
             log_once(
                 f"the checkpoint was written by rule {_rule_name(int(written_by))}: rule {self.alf.rule} goes on from "
@@ -223,7 +225,6 @@ class ExpertBiasRouter(TopKRouter):
         for name in [n for n in state_dict if n.startswith(prefix + STATE_PREFIX)]:
             if name.removeprefix(prefix) not in saved:
                 del state_dict[name]  # another rule's, or of no use to a frozen router: a strict load would stop at it
-        beginning = {"alf_rule": self.alf_rule.new_tensor([rule_id(self.alf.rule)]), **first}
         whole = prefix + "weight" in state_dict or prefix + "expert_bias" in state_dict
         for name in saved:
             mine = getattr(self, name)

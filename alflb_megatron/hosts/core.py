@@ -41,7 +41,6 @@ if "router" not in {field.name for field in dataclasses.fields(MoESubmodules)}:
 
 
 VERSION = tuple(int(part) for part in megatron.core.__version__.split(".")[:2])
-
 EXPERT_GRADIENTS_OVER_TP = VERSION >= (0, 19)
 """Whether TP > 1 with ETP = 1 and EP = 1 sums expert gradients over TP. 0.16.1 does not, 0.19.2 does."""
 
@@ -122,7 +121,8 @@ def _rebuild(node: Any, router: RouterBuilder, found: list[MoESubmodules]) -> An
 # -- the update, once per global batch ---------------------------------------------------------------------------------
 
 _BALANCERS: WeakKeyDictionary[nn.Module, Balancer] = WeakKeyDictionary()
-"""Of each model, by the first of its chunks, bare."""
+_GIVEN: WeakKeyDictionary[nn.Module, dist.ProcessGroup] = WeakKeyDictionary()
+"""Of each model, by the first of its chunks, bare; and the group that its host gave."""
 
 
 def balancer_of(model: Sequence[nn.Module], group: dist.ProcessGroup | None = None) -> Balancer:
@@ -139,16 +139,17 @@ def balancer_of(model: Sequence[nn.Module], group: dist.ProcessGroup | None = No
         if list(map(id, before.routers)) == list(map(id, routers)):
             return before
         before.withdraw()
-        group = group or before.group
+    if group is not None:
+        _GIVEN[bare(model[0])] = group
+    group = _GIVEN.get(bare(model[0]))
     if group is None and routers:
         group = _one_group(found)
     for chunk in model:
         move_within_batch(chunk, group)
-    layers = [named.layer for named in found]
-    paths = [named.path for named in found]
+    layers, paths = [named.layer for named in found], [named.path for named in found]
     balancer = Balancer(routers, layers, group, paths, labels(layers, paths))
     _BALANCERS[bare(model[0])] = balancer
-    for chunk in model:  # Megatron-FSDP's wrapper holds the method that its inner one had when it was made
+    for chunk in model:  # Megatron-FSDP's wrapper holds the method that its inner one had then
         if "zero_grad_buffer" in vars(chunk) and isinstance(inner := getattr(chunk, "module", None), nn.Module):
             vars(chunk)["zero_grad_buffer"] = inner.zero_grad_buffer
     return balancer
@@ -169,15 +170,14 @@ def _one_group(found: Sequence[NamedRouter]) -> dist.ProcessGroup | None:
 def move_within_batch(chunk: nn.Module, group: dist.ProcessGroup | None = None) -> None:
     """Has the micro-batches of a chunk move the biases of those of its routers that are set so, over `group`."""
     routers = [module for module in chunk.modules() if isinstance(module, ALFRouter) and module.moves_within_batch]
-    if not routers:
+    before = {router.within_batch for router in routers if router.within_batch is not None}
+    if len(before) == 1 and (one := next(iter(before))).routers == routers and group in (None, one.group):
         return
-    before = routers[0].within_batch
-    if before is not None:
-        if before.routers == routers and group in (None, before.group):
-            return
-        group = group or before.group
-        before.detach()
-    WithinBatch(routers, group or routers[0].tp_dp_cp_group).follow(bare(chunk))
+    for one in before:
+        group = group or one.group
+        one.detach()
+    if routers:
+        WithinBatch(routers, group or routers[0].tp_dp_cp_group).follow(bare(chunk))
 
 
 def existing_balancer(chunk: nn.Module) -> Balancer | None:

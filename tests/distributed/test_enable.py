@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import re
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -154,7 +156,11 @@ def test_megatron_cores_updater_does_not_move_our_bias_a_second_time() -> None:
 
 @pytest.mark.parametrize("mode", ["enable", "explicit"])
 def test_the_example_runs(mode: str) -> None:
-    done = subprocess.run([sys.executable, str(EXAMPLE), "--mode", mode], capture_output=True, text=True, timeout=200)
+    with socket.socket() as free:  # another suite may run beside this one, and the example's own port is fixed
+        free.bind(("localhost", 0))
+        environment = {**os.environ, "MASTER_PORT": str(free.getsockname()[1])}
+    words = [sys.executable, str(EXAMPLE), "--mode", mode]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=300, env=environment)
     assert done.returncode == 0, done.stderr[-2000:]
     vio = [float(value) for value in re.findall(r"MaxVio (\S+)", done.stdout)]
     assert len(vio) == 6

@@ -197,3 +197,25 @@ def _compiled(rule: str) -> list[int]:
 @pytest.mark.parametrize("rule", ["sign", "adaptive"])
 def test_a_compiled_router_counts_each_token_once(rule: str) -> None:
     assert ranks.run(1, _compiled, rule) == [[10 * 256, 10 * 256]]
+
+
+def _another_rule_in_place() -> list[int]:
+    """A distributed checkpoint of another rule: read into the buffers themselves, then handed in; then resumed."""
+    from alflb_megatron.router_state import rule_id
+
+    with ranks.model_parallel():
+        sign, router, resumed = _router({"rule": "sign"}), _router({"rule": "adaptive"}), _router({"rule": "adaptive"})
+        assert _moved_somewhere(sign)
+        state = router.state_dict()  # the buffers themselves
+        for name, value in sign.state_dict().items():
+            if name in state and torch.is_tensor(value):
+                state[name].copy_(value)
+        router.load_state_dict({name: value for name, value in state.items() if name in sign.state_dict()})
+        found = [int(router.alf_rule) == rule_id("adaptive"), int(router.alf_n)]
+        assert _moved_somewhere(router)
+        resumed.load_state_dict(router.state_dict())
+        return [*found, int(resumed.alf_n)]
+
+
+def test_a_checkpoint_of_another_rule_is_told_apart_once_and_not_at_every_resume() -> None:
+    assert ranks.run(1, _another_rule_in_place) == [[True, 0, 1]]
