@@ -48,11 +48,11 @@ def enclosing() -> list[Checkpoint]:
 def _checkpoint_of(frame: FrameType) -> Checkpoint | None:
     name = frame.f_code.co_name
     if name in ("forward", "backward") and frame.f_code.co_varnames[:1] == ("ctx",):
-        ctx = frame.f_locals["ctx"]
+        ctx = frame.f_locals.get("ctx")
         trains = any(getattr(ctx, "needs_input_grad", ()))  # else no backward pass will follow
         return Checkpoint(ctx, name == "backward") if trains else None
     if name == "unpack_hook" and "frame" in frame.f_code.co_freevars:
-        return Checkpoint(frame.f_locals["frame"], True)
+        return Checkpoint(frame.f_locals.get("frame"), True)
     if name == "checkpoint":
         generator = frame.f_locals.get("gen")
         held = getattr(generator, "gi_frame", None)
