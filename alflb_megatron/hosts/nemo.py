@@ -81,6 +81,7 @@ class ALFLB(pl.Callback):
         step_size: Optional[float] = None,  # noqa: UP045  (nemo_run's overrides do not know float | None)
         rule_options: str = "",
         score_unit: str = "score",
+        update_every: str = "global-batch",
         centring: bool = True,
         frozen: bool = False,
         stop_after: int = 0,
@@ -99,6 +100,7 @@ class ALFLB(pl.Callback):
             step_size=step_size,
             rule_options=rule_options,
             score_unit=score_unit,
+            update_every=update_every,
             centring=centring,
             frozen=frozen,
             stop_after=stop_after,
