@@ -155,7 +155,7 @@ class Balancer:
         """Whether a rule is to be shown margins that micro-batches have not shown it already."""
 
         def shown(router: BalancedRouter) -> bool:
-            within: WithinBatch | None = getattr(router, "within_batch", None)
+            within = _within_of(router)
             return within is not None and within.micro_batches > 1
 
         return not all(router.load_counter.histogram_EB is None or shown(router) for router in self.routers)
@@ -164,19 +164,17 @@ class Balancer:
         """What was seen of micro-batches, a row a router; None where they move no bias."""
         found = MicroBatches.of_none(len(self.routers), device)
         for within in self._within:
-            rows = [
-                index for index, router in enumerate(self.routers) if getattr(router, "within_batch", None) is within
-            ]
+            rows = [index for index, router in enumerate(self.routers) if _within_of(router) is within]
             found.put(self._index(tuple(rows), device), within.figures())
         return found if found.count else None
 
     def _shown(self, routers: list[BalancedRouter]) -> Shown | None:
-        within: WithinBatch | None = getattr(routers[0], "within_batch", None)
+        within = _within_of(routers[0])
         return None if within is None else within.shown(routers)
 
     def discard(self) -> None:
         """Forgets what was counted since the last commit, and an all-reduce under way; no bias moves."""
-        self.abandon()
+        self.withdraw()
         for within in self._within:
             within.end(committed=False)
         reset([router.load_counter for router in self.routers])
@@ -199,8 +197,8 @@ class Balancer:
     @property
     def _within(self) -> list[WithinBatch]:
         """What moves biases inside the global batch, one a chunk that has such routers."""
-        found = [getattr(router, "within_batch", None) for router in self.routers]
-        return list({id(within): within for within in found if within is not None}.values())
+        found = dict.fromkeys(_within_of(router) for router in self.routers)
+        return [within for within in found if within is not None]
 
     def _index(self, routers: tuple[int, ...], device: torch.device) -> Tensor:
         """Indices of routers on the device, made once: a copy to it waits for it."""
@@ -271,6 +269,10 @@ class Balancer:
                 return
             vio = self.last.max_vio()[counted]
             logger.info("global batch %d: MaxVio mean %.4f max %.4f", self.updates, vio.mean(), vio.max())
+
+
+def _within_of(router: BalancedRouter) -> WithinBatch | None:
+    return getattr(router, "within_batch", None)
 
 
 def _replicated_state(router: BalancedRouter) -> list[Tensor]:

@@ -69,7 +69,7 @@ def is_first_pass(training: bool) -> bool:
     if not training:
         return False
     with_gradients = torch.is_grad_enabled()
-    if with_gradients and not _in_backward():
+    if with_gradients and not in_backward():
         return True
     checkpoints = enclosing()
     if checkpoints and checkpoints[-1].second:
@@ -78,13 +78,9 @@ def is_first_pass(training: bool) -> bool:
     return with_gradients or bool(checkpoints)
 
 
-def _in_backward() -> bool:
+def in_backward() -> bool:
+    """Whether this runs inside a backward pass, as every second pass does."""
     return torch._C._current_graph_task_id() != -1
-
-
-def in_unknown_recomputation() -> bool:
-    """Whether this pass runs inside a backward pass, in no checkpoint that `enclosing` can tell."""
-    return _in_backward() and not enclosing()
 
 
 _KEPT = "_alflb_biases"

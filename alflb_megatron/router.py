@@ -184,8 +184,8 @@ class ALFRouter(ExpertBiasRouter):
             counting, kept = False, recomputation.kept_bias(checkpoints[-1], self)
         else:
             counting = torch.is_grad_enabled() or bool(checkpoints)
-            unknown = counting and recomputation.in_unknown_recomputation()
-            kept = None if unknown else within.begin_pass(self) if counting else within.bias_of(self)
+            unknown = counting and recomputation.in_backward() and not checkpoints
+            kept = None if unknown else within.bias_of(self)
         if kept is None:
             raise SettingError(
                 "--alflb-update-every",

@@ -164,9 +164,7 @@ class ExpertBiasRouter(TopKRouter):
         memo[id(self)] = copied
         copied.__setstate__(copy.deepcopy(vars(self), memo))
         for mine, its in zip(self.parameters(), copied.parameters(), strict=True):
-            vars(its).update(
-                vars(mine)
-            )  # what Megatron-Core marks parameters with: `sequence_parallel`, by which it sums
+            vars(its).update(vars(mine))  # Megatron-Core's marks: by `sequence_parallel` it sums gradients
         return copied
 
     def _own_state(self) -> list[str]:
@@ -229,9 +227,8 @@ class ExpertBiasRouter(TopKRouter):
         for name in saved:
             mine = getattr(self, name)
             if prefix + name in state_dict:
-                state_dict[prefix + name] = state_dict[prefix + name].to(
-                    mine.dtype
-                )  # a cast checkpoint may be assigned
+                # a cast checkpoint may be assigned as it is
+                state_dict[prefix + name] = state_dict[prefix + name].to(mine.dtype)
             else:
                 state_dict[prefix + name] = beginning.get(name, torch.zeros_like(mine)) if whole else mine
         if whole:

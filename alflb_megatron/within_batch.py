@@ -91,14 +91,9 @@ class WithinBatch:
         self.micro_batches += 1
         self._launched = False
 
-    @torch.no_grad()
-    def begin_pass(self, router: Any) -> Tensor:
-        """The bias that a router is to route this micro-batch with, float32 [E], a copy."""
-        return self.bias_of(router).clone()
-
     def bias_of(self, router: Any) -> Tensor:
-        """What a pass that does not count is routed with: the bias as it is."""
-        return router.batch_bias if id(router) in self._moving else router.expert_bias
+        """The bias that a router is to route with now, float32 [E]; a copy, which a second pass can be given."""
+        return (router.batch_bias if id(router) in self._moving else router.expert_bias).clone()
 
     @torch.no_grad()
     def end_pass(self, router: Any) -> None:

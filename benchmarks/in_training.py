@@ -19,8 +19,9 @@ import os
 import statistics
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -131,23 +132,27 @@ def folder(out: Path, preset: str, mode: str, seed: int) -> Path:
     return out / f"{preset}-{mode}-{seed}"
 
 
-def run_all(steps: Mapping[str, int], seeds: Sequence[int], out: Path, jobs: int) -> None:
-    """Trains every preset, seed and mode, `jobs` at a time; the first failure ends it, after those under way."""
+def in_turn(runs: Sequence[Callable[[], str]], jobs: int) -> None:
+    """Makes all runs, `jobs` at a time, and says what each came to; a failure ends it, after those under way."""
     with ThreadPoolExecutor(jobs) as pool:
-        runs = [
-            pool.submit(
-                train, f"{preset} {mode} {seed}", settings(preset, mode, seed, count), folder(out, preset, mode, seed)
-            )
-            for preset, count in steps.items()
-            for seed in seeds
-            for mode in MODES
-        ]
+        waiting = [pool.submit(run) for run in runs]
         try:
-            for number, run in enumerate(as_completed(runs), 1):
-                print(f"[{number}/{len(runs)}] {run.result()}", file=sys.stderr, flush=True)
+            for number, done in enumerate(as_completed(waiting), 1):
+                print(f"[{number}/{len(runs)}] {done.result()}", file=sys.stderr, flush=True)
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise
+
+
+def run_all(steps: Mapping[str, int], seeds: Sequence[int], out: Path, jobs: int) -> None:
+    """Trains every preset, seed and mode."""
+    runs = [
+        partial(train, f"{preset} {mode} {seed}", settings(preset, mode, seed, count), folder(out, preset, mode, seed))
+        for preset, count in steps.items()
+        for seed in seeds
+        for mode in MODES
+    ]
+    in_turn(runs, jobs)
 
 
 # -- from run folders to figures --------------------------------------------------------------------------------------

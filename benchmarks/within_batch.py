@@ -19,8 +19,8 @@ import os
 import statistics
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -35,7 +35,7 @@ from alflb_megatron.lab.training.launch import as_single_rank
 from alflb_megatron.lab.training.resolve import resolve
 from alflb_megatron.metrics import max_vio, sampling_floor
 from benchmarks import machine
-from benchmarks.in_training import AUX_COEFF, NOISE, difference, logged, spread
+from benchmarks.in_training import AUX_COEFF, NOISE, difference, in_turn, logged, spread
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -275,14 +275,7 @@ def run_all(runs: Sequence[Mapping[str, Any]], out: Path, jobs: int) -> None:
             logged(where.name, words, where.with_name(f"{where.name}.log"), environment)
         return where.name
 
-    with ThreadPoolExecutor(jobs) as pool:
-        waiting = [pool.submit(run, one) for one in runs]
-        try:
-            for number, done in enumerate(as_completed(waiting), 1):
-                print(f"[{number}/{len(runs)}] {done.result()}", file=sys.stderr, flush=True)
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
+    in_turn([partial(run, one) for one in runs], jobs)
 
 
 def figures_of(found: Mapping[str, Any]) -> dict[str, float]:

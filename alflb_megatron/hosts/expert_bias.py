@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from alflb_megatron.biases import Biases, bias_from_qb_beta
 from alflb_megatron.hosts.huggingface import read
-from alflb_megatron.hosts.routers import of_one_stack
+from alflb_megatron.hosts.routers import of_all_stages, of_one_stack
 from alflb_megatron.router import ALFRouter
 from alflb_megatron.settings import SettingError
 
@@ -50,10 +50,7 @@ def bias_of(
     routers = {layer: router for layer, router in own.items() if _is_biased(router)}
     rows = {layer: _bias(router) for layer, router in routers.items()}
     kinds = [(r.config.num_layers, _unit(r), r.score_function, _groups(r)) for r in routers.values()]
-    parts = [(rows, kinds)]
-    if group is not None:
-        parts = parts * dist.get_world_size(group)
-        dist.all_gather_object(parts, (rows, kinds), group=group)
+    parts = of_all_stages((rows, kinds), group)
     rows = {layer: row for part, _ in parts for layer, row in part.items()}
     found = {kind for _, some in parts for kind in some}
     if not found:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from alflb_megatron import metrics
 from alflb_megatron.balancer import Balancer
 from alflb_megatron.hosts.core import balancer_of
-from alflb_megatron.hosts.routers import labels
+from alflb_megatron.hosts.routers import labels, of_all_stages
 
 COUNTED = "MoE layers counted"
 
@@ -124,15 +124,6 @@ def router_table(model: Sequence[nn.Module], pipeline: dist.ProcessGroup | None 
     return table
 
 
-def _paths_of_all_stages(model: Sequence[nn.Module], pipeline: dist.ProcessGroup | None) -> list[str]:
-    mine = balancer_of(model).paths
-    if pipeline is None or pipeline.size() == 1:
-        return mine
-    stages: list[list[str]] = [[]] * pipeline.size()
-    dist.all_gather_object(stages, mine, group=pipeline)
-    return [path for paths in stages for path in paths]
-
-
 def _wants_detail(balancer: Balancer) -> bool:
     return any(router.alf is not None and router.alf.log_layers for router in balancer.routers)
 
@@ -195,7 +186,7 @@ def balance_metrics(model: Sequence[nn.Module], pipeline: dist.ProcessGroup | No
         layers = of["layer"].int().tolist()
         paths = [""] * len(table)
         if len(set(layers)) < len(layers):  # on every rank alike: the table is the same on all
-            paths = _paths_of_all_stages(model, pipeline)
+            paths = [path for stage in of_all_stages(balancer_of(model).paths, pipeline) for path in stage]
         for row, label in enumerate(labels(layers, [paths[index] for index in counted.tolist()])):
             shown[f"MaxVio {label}"] = vio[row]
             shown[f"expert bias spread {label}"] = of["spread"][row]

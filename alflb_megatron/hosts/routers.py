@@ -98,7 +98,7 @@ def of_one_stack(
     for router in named_routers(model):
         stacks.setdefault(router.stack, []).append(router)
     trains = {name: any(_trains(router.block) for router in routers) for name, routers in stacks.items()}
-    for part in _everywhere(trains, group):
+    for part in of_all_stages(trains, group):
         for name, also in part.items():
             trains[name] = trains.get(name, False) or also
     name = _chosen(trains, stack, flag, value)
@@ -109,15 +109,15 @@ def of_one_stack(
             found[router.layer] = _only(copies, flag, value).router
     except SettingError as error:
         refused = error
-    for refusal in _everywhere(refused and (refused.flag, refused.value, refused.allowed), group):
+    for refusal in of_all_stages(refused and (refused.flag, refused.value, refused.allowed), group):
         if refusal:
             raise SettingError(*refusal)
     return found
 
 
-def _everywhere(mine: Any, group: dist.ProcessGroup | None) -> list[Any]:
-    """What each stage has, in their order."""
-    if group is None:
+def of_all_stages(mine: Any, group: dist.ProcessGroup | None) -> list[Any]:
+    """What each rank of `group`, the pipeline-parallel group, has, in their order; every one of them calls it."""
+    if group is None or dist.get_world_size(group) == 1:
         return [mine]
     parts = [mine] * dist.get_world_size(group)
     dist.all_gather_object(parts, mine, group=group)
