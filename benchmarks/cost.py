@@ -6,7 +6,12 @@ ours with each rule; on megatron-core 0.19 also its quantile balancing, on logit
 kind once on the same input: forward and backward of all its routers, then its update of all of them. Rounds are
 interleaved, each ratio is taken inside a round, and the median over the rounds is reported. One micro-batch a global
 batch, which is the dearest: with several the update is shared between them. Megatron-Core's update calls an all-reduce
-on its one rank too, ours does not; the ratio of forward and backward alone is given beside. Repeat with
+on its one rank too, ours does not; the ratio of forward and backward alone is given beside.
+
+On a GPU the milliseconds are the host's, which waits for the device at the end of each part: what is launched counts
+there more than what it computes. So what each kind launches, and for how long the device is busy with it, is taken
+from torch.profiler over one round. With the sigmoid gate Transformer Engine's fused router is compared as well, where
+it is installed, again with Megatron-Core's. Repeat with
 
     python -m benchmarks.cost            (about five minutes on one thread; --quick for a look)
 """
@@ -15,6 +20,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import gc
 import itertools
 import statistics
@@ -32,6 +38,8 @@ LAYERS = 4
 HIDDEN = 1024
 TOPK = {16: 2, 64: 6, 256: 8}
 OURS = ("sign", "sqrt", "quantile", "adaptive")
+FUSED = ", fused"
+"""What the names of kinds with Transformer Engine's fused router end with."""
 COUNTS_ALONE = 1.0
 """Ratio to reach for rules that need counts alone."""
 WITH_MARGINS = 1.15
@@ -44,17 +52,34 @@ class Kind:
     def __init__(self, routers: Iterable[Any], update: Callable[[], Any]) -> None:
         self.routers, self.update = list(routers), update
 
-    def round(self, hidden: torch.Tensor, upstream_TE: torch.Tensor) -> tuple[float, float]:
-        """Seconds of forward and backward through all routers, and of the update."""
-        began = time.perf_counter()
+    def forward_backward(self, hidden: torch.Tensor, upstream_TE: torch.Tensor) -> None:
         for router in self.routers:
             probs, _ = router(hidden)
             probs.backward(upstream_TE)
+
+    def round(self, hidden: torch.Tensor, upstream_TE: torch.Tensor) -> tuple[float, float]:
+        """Seconds of forward and backward through all routers, and of the update."""
+        began = time.perf_counter()
+        self.forward_backward(hidden, upstream_TE)
         _synchronise()
         between = time.perf_counter()
         self.update()
         _synchronise()
         return between - began, time.perf_counter() - between
+
+
+def on_the_device(work: Callable[[], Any]) -> dict[str, float]:
+    """What `work` launches on the device, copies and fills included, and for how many milliseconds that is busy."""
+    _synchronise()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
+        work()
+        _synchronise()
+    spans = [
+        event.time_range.elapsed_us()
+        for event in profiler.events()
+        if event.device_type == torch.autograd.DeviceType.CUDA and not event.is_user_annotation
+    ]
+    return {"launches": len(spans), "busy_ms": sum(spans) / 1e3}
 
 
 def _number(routers: Iterable[Any]) -> None:
@@ -67,6 +92,10 @@ def _synchronise() -> None:
         torch.cuda.synchronize()
 
 
+def _name(kind: str, fused: bool) -> str:
+    return f"{kind}{FUSED}" if fused else kind
+
+
 def _kinds(config: Any, gate: str) -> dict[str, Kind]:
     """The kinds to compare, `megatron` first; all with the same weights."""
     import megatron.core.distributed  # noqa: F401  (loads the module below, whose name there is a function)
@@ -76,6 +105,7 @@ def _kinds(config: Any, gate: str) -> dict[str, Kind]:
     from alflb_megatron.balancer import Balancer
     from alflb_megatron.config import ALFConfig
     from alflb_megatron.hosts.core import RouterBuilder
+    from alflb_megatron.lab.training import build
 
     finalize = sys.modules["megatron.core.distributed.finalize_model_grads"]
     groups = get_default_pg_collection()
@@ -87,14 +117,16 @@ def _kinds(config: Any, gate: str) -> dict[str, Kind]:
         _number(model)
         return model, changed
 
-    model, changed = theirs(moe_router_enable_expert_bias=gate == "sigmoid")
+    fusions = [False, True] if gate == "sigmoid" and build.have_transformer_engine() else [False]
+    for fused in fusions:
+        model, changed = theirs(moe_router_enable_expert_bias=gate == "sigmoid", moe_router_fusion=fused)
 
-    def update(model: Any = model, changed: Any = changed) -> None:
-        if gate == "sigmoid":
-            finalize._update_router_expert_bias([model], changed)
-        finalize.reset_model_temporary_tensors(changed, [model])
+        def update(model: Any = model, changed: Any = changed) -> None:
+            if gate == "sigmoid":
+                finalize._update_router_expert_bias([model], changed)
+            finalize.reset_model_temporary_tensors(changed, [model])
 
-    kinds["megatron"] = Kind(model, update)
+        kinds[_name("megatron", fused)] = Kind(model, update)
     if hasattr(finalize, "_update_router_qb_beta"):
         model, changed = theirs(moe_router_load_balancing_type="quantile_balancing", moe_aux_loss_coeff=0.0)
 
@@ -103,9 +135,10 @@ def _kinds(config: Any, gate: str) -> dict[str, Kind]:
             finalize.reset_model_temporary_tensors(changed, [model])
 
         kinds["megatron quantile_balancing"] = Kind(model, update_qb)
-    for rule in OURS:
+    for rule, fused in itertools.product(OURS, fusions):
         builder = RouterBuilder(ALFConfig(rule=rule))
-        routers = [builder(config=config, pg_collection=groups) for _ in range(LAYERS)]
+        changed = dataclasses.replace(config, moe_router_fusion=fused)
+        routers = [builder(config=changed, pg_collection=groups) for _ in range(LAYERS)]
         _number(routers)
         balancer = Balancer(routers, range(1, LAYERS + 1), routers[0].tp_dp_cp_group)
 
@@ -113,7 +146,7 @@ def _kinds(config: Any, gate: str) -> dict[str, Kind]:
             balancer.launch()
             balancer.commit()
 
-        kinds[rule] = Kind(routers, commit)
+        kinds[_name(rule, fused)] = Kind(routers, commit)
     for kind in kinds.values():
         for router, source in zip(kind.routers, kinds["megatron"].routers, strict=True):
             router.weight.data.copy_(source.weight.data)
@@ -127,12 +160,16 @@ def measure(experts: int, tokens: int, gate: str, rounds: int) -> dict[str, Any]
 
     plan = resolve({"rule": "none", "nproc": 1, "ep": 1}, {"num_experts": experts, "topk": TOPK[experts]}, {})
     config = dataclasses.replace(
-        build.transformer_config(plan), hidden_size=HIDDEN, moe_router_score_function=gate, moe_router_dtype="fp32"
+        build.transformer_config(plan),
+        hidden_size=HIDDEN,
+        moe_router_score_function=gate,
+        moe_router_dtype="fp32",
+        params_dtype=torch.bfloat16 if torch.cuda.is_available() else torch.float32,
     )
     kinds = _kinds(config, gate)
     device = next(kinds["megatron"].routers[0].parameters()).device
     generator = torch.Generator().manual_seed(0)
-    hidden = torch.randn(tokens // 8, 8, HIDDEN, generator=generator).to(device)
+    hidden = torch.randn(tokens // 8, 8, HIDDEN, generator=generator).to(device, config.params_dtype)
     upstream_TE = torch.randn(tokens, experts, generator=generator).to(device)
     samples: dict[str, list[tuple[float, float]]] = {name: [] for name in kinds}
     names = list(kinds)
@@ -141,17 +178,18 @@ def measure(experts: int, tokens: int, gate: str, rounds: int) -> dict[str, Any]
             sample = kinds[name].round(hidden, upstream_TE)
             if number >= 2:
                 samples[name].append(sample)
-    base = [sum(pair) for pair in samples["megatron"]]
-    rows = {}
+    rows: dict[str, dict[str, Any]] = {}
     for name, pairs in samples.items():
+        base = samples[_name("megatron", name.endswith(FUSED))]
         rows[name] = {
             "forward_backward_ms": 1e3 * statistics.median(pair[0] for pair in pairs) / LAYERS,
             "update_ms": 1e3 * statistics.median(pair[1] for pair in pairs) / LAYERS,
-            "ratio": statistics.median(sum(pair) / of for pair, of in zip(pairs, base, strict=True)),
-            "ratio_without_update": statistics.median(
-                pair[0] / of[0] for pair, of in zip(pairs, samples["megatron"], strict=True)
-            ),
+            "ratio": statistics.median(sum(pair) / sum(of) for pair, of in zip(pairs, base, strict=True)),
+            "ratio_without_update": statistics.median(pair[0] / of[0] for pair, of in zip(pairs, base, strict=True)),
         }
+        if device.type == "cuda":
+            passes = functools.partial(kinds[name].forward_backward, hidden, upstream_TE)
+            rows[name] |= {"forward_backward": on_the_device(passes), "update": on_the_device(kinds[name].update)}
     return {"experts": experts, "topk": TOPK[experts], "tokens": tokens, "gate": gate, "rounds": rounds, "kinds": rows}
 
 

@@ -34,7 +34,7 @@ def plan(job: dict[str, Any], shape: dict[str, Any] | None = None, **alf: Any) -
 
 @dataclass
 class Trace:
-    """What a rank saw of a run, a list entry a step; tensors on the CPU."""
+    """What a rank saw of a run, a list entry a step."""
 
     losses: list[float] = field(default_factory=list)
     biases: list[dict[int, Tensor]] = field(default_factory=list)
@@ -60,7 +60,7 @@ class Trace:
 
 
 def batches(plan_: Plan, step: int, dp_rank: int) -> list[Tensor]:
-    """This rank's micro-batches of a global batch: tokens int64 [B, S + 1], the same whatever the split.
+    """This rank's micro-batches of a global batch: tokens int64 [B, S + 1], the same whatever split and device.
 
     Sequences with a bias towards few tokens, so that routing is skewed and the bias has something to do.
     """
@@ -69,7 +69,7 @@ def batches(plan_: Plan, step: int, dp_rank: int) -> list[Tensor]:
     size = (job.global_batch_size, shape.seq_length + 1)
     tokens = (torch.rand(size, generator=generator) ** 3 * shape.vocab_size).long()
     of_rank = tokens.view(-1, job.dp, job.micro_batch_size, shape.seq_length + 1)[:, dp_rank]
-    return list(of_rank)
+    return list(of_rank.to(torch.cuda.current_device()))
 
 
 class Runner:
@@ -108,8 +108,10 @@ class Runner:
 
     def _forward_step(self, rows: Any, model: Any) -> tuple[Tensor, Any]:
         tokens = next(rows)
-        positions = torch.arange(tokens.shape[1] - 1).expand(tokens.shape[0], -1)
-        extra = {"loss_mask": torch.ones(tokens[:, 1:].shape)} if self.plan.shape.mtp_layers else {}
+        positions = torch.arange(tokens.shape[1] - 1, device=tokens.device).expand(tokens.shape[0], -1)
+        extra = (
+            {"loss_mask": torch.ones(tokens[:, 1:].shape, device=tokens.device)} if self.plan.shape.mtp_layers else {}
+        )
         output = model(tokens[:, :-1].contiguous(), positions, None, labels=tokens[:, 1:].contiguous(), **extra)
 
         def mean_loss(losses: Tensor) -> tuple[Tensor, dict[str, Tensor]]:

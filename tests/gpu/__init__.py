@@ -1,0 +1,1 @@
+"""What needs a device: `make gpu` runs it where there is one, everywhere else it is skipped."""
