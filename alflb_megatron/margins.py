@@ -170,8 +170,8 @@ def density_at_tie(histogram_LEB: Tensor, loads_LE: Tensor, share: float = 0.1) 
     every_L = counts_LB.sum(dim=1)  # margins: one of each expert a token
     around_LS = (counts_LB[:, SIDE:] + counts_LB[:, :SIDE].flip(1)).cumsum(1)
     wanted_L1 = share * loads_LE.sum(dim=1, keepdim=True)
-    upper_S = edges(histogram_LEB.device)[SIDE + 1 :].clone()
-    upper_S[-1] = float("inf")  # the outermost bin has no end
+    inner_S = edges(histogram_LEB.device)[SIDE + 1 : -1]
+    upper_S = torch.nn.functional.pad(inner_S, (0, 1), value=float("inf"))  # the outermost bin has no end
     nearest_L1 = (around_LS < wanted_L1).sum(dim=1, keepdim=True).clamp(max=SIDE - 1)
     held_L, width_L = around_LS.gather(1, nearest_L1).squeeze(1), 2 * upper_S[nearest_L1.squeeze(1)]
     return torch.where(every_L > 0, held_L / (width_L * every_L.clamp(min=1)), 0.0)

@@ -91,5 +91,6 @@ def _resampled(counts_LEC: Tensor, by_LE: Tensor, onto: Tensor) -> Tensor:
     low, high = edges[upper - 1], edges[upper]
     start, end = below.gather(-1, upper - 1), below.gather(-1, upper)
     at = start + ((place - low) / (high - low) * (end - start)).round().to(below.dtype)
-    at[..., 0], at[..., -1] = 0, below[..., -1]  # what would leave at an end stays in the last bin
+    # what would leave at an end stays in the last bin
+    at = torch.cat([below[..., :1], at[..., 1:-1], below[..., -1:]], dim=-1)
     return torch.cat([counts_LEC[..., :1], at.diff(dim=-1), counts_LEC[..., -1:]], dim=-1)

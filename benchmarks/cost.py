@@ -147,7 +147,9 @@ def _kinds(config: Any, gate: str) -> dict[str, Kind]:
             balancer.commit()
 
         kinds[_name(rule, fused)] = Kind(routers, commit)
+    device = torch.cuda.current_device()
     for kind in kinds.values():
+        kind.routers = [router.to(device) for router in kind.routers]
         for router, source in zip(kind.routers, kinds["megatron"].routers, strict=True):
             router.weight.data.copy_(source.weight.data)
     return kinds

@@ -23,7 +23,9 @@ import torch
 
 from alflb_megatron.lab.records.files import read_json, write_json
 from alflb_megatron.lab.records.versions import git_revision
+from alflb_megatron.lab.training import build
 from benchmarks.machine import RESULTS, describe, versioned
+from benchmarks.one_gpu import DEFAULTS
 
 MINUTES = 8.5
 RESERVE = 10.0
@@ -80,8 +82,6 @@ def measured(name: str, runs: Path, words: Sequence[str], limit: float) -> dict[
 
 
 def what_is_there() -> dict[str, Any]:
-    from alflb_megatron.lab.training import build
-
     properties = torch.cuda.get_device_properties(0)
     return {
         **describe(),
@@ -97,6 +97,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--minutes", type=float, default=MINUTES, help="for all of it (%(default)s)")
     parser.add_argument("--steps", type=int, default=20, help="global batches of each training (%(default)s)")
     parser.add_argument("--rounds", type=int, default=1, help="trainings of each rule (%(default)s)")
+    parser.add_argument("--rules", default=DEFAULTS["rules"], help="to train with (%(default)s)")
     parser.add_argument("--parts", default="tests,cost,one_gpu", help="which of them (%(default)s)")
     parser.add_argument("--out", type=Path, help="default: benchmarks/results/gpu[-VERSION].json")
     parser.add_argument("--runs", type=Path, default=Path("runs/gpu"), help="folder of logs and runs (%(default)s)")
@@ -120,7 +121,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if "cost" in parts:
         keep("cost", measured("cost", flags.runs, [], limit=(end - time.monotonic()) / 2))
     if "one_gpu" in parts:
-        words = ["--steps", str(flags.steps), "--rounds", str(flags.rounds), "--runs", str(flags.runs / "one_gpu")]
+        words = ["--steps", str(flags.steps), "--rounds", str(flags.rounds), "--rules", flags.rules]
+        words += [
+            "--runs",
+            str(flags.runs / "one_gpu"),
+            "--",
+            *(["--grouped-gemm"] if build.have_transformer_engine() else []),
+        ]
         keep("one_gpu", measured("one_gpu", flags.runs, words, limit=end - time.monotonic()))
     failed = found.get("tests", {}).get("failed", [])
     for name in failed:
