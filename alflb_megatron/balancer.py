@@ -23,7 +23,7 @@ from alflb_megatron import agreement, metrics
 from alflb_megatron.agreement import DisagreementError
 from alflb_megatron.alarms import Alarms
 from alflb_megatron.config import PREFIX, ALFConfig
-from alflb_megatron.loads import LoadAllReduce, reset
+from alflb_megatron.loads import LoadAllReduce, reset, subtract
 from alflb_megatron.update import BalancedRouter, MicroBatches, Outcome, Shown, alike, update
 from alflb_megatron.within_batch import WithinBatch
 
@@ -124,8 +124,8 @@ class Balancer:
             return None
         seen, sent_from_here = self._sum.wait(), self._sum.sent
         checksum, self._sum = self._sum.piggyback, None
-        for router, sent in zip(self.routers, sent_from_here, strict=True):
-            router.load_counter.subtract(sent)  # first: whatever is raised below leaves nothing for a later batch
+        # first: whatever is raised below leaves nothing for a later batch
+        subtract([router.load_counter for router in self.routers], sent_from_here)
         disagreement = self._check(checksum) if self._digests else ""
         device = seen[0].nonfinite.device
         outcome = Outcome.of_nothing(len(seen), device)
@@ -182,8 +182,7 @@ class Balancer:
     def abandon(self) -> None:
         """Forgets an all-reduce under way and what it sums, if there is one; what was counted since then stays."""
         if self._sum is not None:
-            for router, sent in zip(self.routers, self._sum.sent, strict=True):
-                router.load_counter.subtract(sent)
+            subtract([router.load_counter for router in self.routers], self._sum.sent)
             for within in self._within:
                 within.end(committed=False)
             self.withdraw()

@@ -19,7 +19,7 @@ from alflb_megatron.balancer import Balancer
 from alflb_megatron.config import ALFConfig
 from alflb_megatron.loads import LoadCounter, counting_all_passes
 from alflb_megatron.margins import Threshold
-from alflb_megatron.routing import select
+from alflb_megatron.routing import margins_of, select
 from alflb_megatron.rules import State
 
 TOKENS = 8192
@@ -65,8 +65,10 @@ class _RecordedRouter:
     def route(self) -> None:
         """Routes the kept tokens with the bias as it is."""
         for logits_TE in self.logits:
-            choice = select(logits_TE, self.gate, self.expert_bias, with_margins=True)
-            self.load_counter.observe(choice.experts_TK, ranked_TK=choice.ranked_TK, margins_TE=choice.margins_TE)
+            assert self.expert_bias is not None
+            choice = select(logits_TE, self.gate, self.expert_bias)
+            self.load_counter.observe(choice.experts_TK, ranked_TK=choice.ranked_TK)
+            self.load_counter.observe_margins(margins_of(logits_TE, self.gate, self.expert_bias))
 
     def read_state(self) -> tuple[Tensor, State]:
         return self.n, self.state

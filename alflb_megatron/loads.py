@@ -23,9 +23,9 @@ class LoadCounts(NamedTuple):
     """What one router saw in one global batch."""
 
     loads_E: Tensor  # int64 [E]
-    nonfinite: Tensor  # int64 [1], tokens with a score that is NaN or infinite
+    nonfinite: Tensor  # int64 [1], how often scores that were NaN or infinite were found since the last look
     dictated: Tensor | None  # int64 [1], tokens whose experts somebody else chose, where routers can be replayed
-    histogram_EB: Tensor | None  # int32 [E, B], margins, where the rule needs them
+    histogram_EB: Tensor | None  # int32 [E, B], margins of a sample, where the rule needs them
 
 
 _LIVE: WeakSet[LoadCounter] = WeakSet()
@@ -39,7 +39,7 @@ def reset_all() -> None:
 @torch.no_grad()
 def reset(counters: Sequence[LoadCounter]) -> None:
     """Empties counters, in one go."""
-    if parts := [part for counter in counters for part in counter.local() if part is not None]:
+    if parts := [part for counter in counters for part in counter.buffers(recurse=False)]:
         torch._foreach_zero_(parts)
     for counter in counters:
         counter.passes = 0
@@ -56,7 +56,8 @@ class LoadCounter(nn.Module):
     """
 
     tokens_per_expert: Tensor
-    nonfinite: Tensor
+    found_nonfinite: Tensor
+    spoilt: Tensor
     dictated: Tensor | None
     histogram_EB: Tensor | None
 
@@ -68,9 +69,11 @@ class LoadCounter(nn.Module):
         with_replay: bool = False,
     ) -> None:
         super().__init__()
-        for name, size in (("tokens_per_expert", num_experts), ("nonfinite", 1), ("dictated", int(with_replay))):
+        for name, size in (("tokens_per_expert", num_experts), ("found_nonfinite", 1), ("dictated", int(with_replay))):
             zeros = torch.zeros(size, dtype=torch.int64, device=device) if size else None
             self.register_buffer(name, zeros, persistent=False)
+        # 0, or NaN once a score was NaN or infinite: two kernels a pass, where counting such tokens takes eight
+        self.register_buffer("spoilt", torch.zeros(1, dtype=torch.float32, device=device), persistent=False)
         histogram = torch.zeros(num_experts, margins.BINS, dtype=torch.int32, device=device) if with_margins else None
         self.register_buffer("histogram_EB", histogram, persistent=False)
         if histogram is not None:
@@ -92,6 +95,11 @@ class LoadCounter(nn.Module):
         """Whether the pass that is being counted should bring its margins."""
         return self.histogram_EB is not None and not self.counting_all
 
+    @property
+    def nonfinite(self) -> Tensor:
+        """How often scores that were NaN or infinite were found since the last look at it, int64 [1]: the buffer."""
+        return self.local().nonfinite
+
     @torch.no_grad()
     def observe(
         self,
@@ -99,7 +107,6 @@ class LoadCounter(nn.Module):
         valid_T: Tensor | None = None,
         *,
         ranked_TK: Tensor | None = None,
-        margins_TE: Tensor | None = None,
         dictated: bool = False,
     ) -> None:
         """Adds the choices of T tokens.
@@ -107,66 +114,70 @@ class LoadCounter(nn.Module):
         Args:
             experts_TK: chosen experts, int64 [T, K].
             valid_T: bool [T], False at padding, which is not counted; None where all are tokens.
-            ranked_TK: the scores that won; a token is nonfinite where one of them is NaN or infinite.
-            margins_TE: float32 [T, E], where `wants_margins`.
+            ranked_TK: the scores that won: NaN ranks above all, so scores are sound where these are.
             dictated: whether somebody else chose these experts.
         """
         self.passes += 1
-        ones = (
-            torch.ones_like(experts_TK) if valid_T is None else valid_T.to(torch.int64)[:, None].expand_as(experts_TK)
-        )
-        self.tokens_per_expert.scatter_add_(0, experts_TK.reshape(-1), ones.reshape(-1))
-        self._observe_more(ranked_TK, margins_TE, valid_T)
+        one = self.tokens_per_expert.new_ones(()) if valid_T is None else valid_T.to(torch.int64)[:, None]
+        self.tokens_per_expert.scatter_add_(0, experts_TK.reshape(-1), one.expand_as(experts_TK).reshape(-1))
+        self._observe_scores(ranked_TK, valid_T)
         if dictated and self.dictated is not None:
             self.dictated += experts_TK.shape[0] if valid_T is None else valid_T.sum()
 
     @torch.no_grad()
-    def observe_map(
-        self,
-        map_TE: Tensor,
-        valid_T: Tensor | None = None,
-        *,
-        weights_TE: Tensor | None = None,
-        margins_TE: Tensor | None = None,
-    ) -> None:
+    def observe_map(self, map_TE: Tensor, valid_T: Tensor | None = None, *, weights_TE: Tensor | None = None) -> None:
         """The same from a routing map (bool [T, E]) and the gate weights, where a fused kernel gives no more."""
         self.passes += 1
         counted_TE = map_TE if valid_T is None else map_TE & valid_T[:, None]
         self.tokens_per_expert += counted_TE.sum(dim=0)
-        self._observe_more(weights_TE, margins_TE, valid_T)
+        self._observe_scores(weights_TE, valid_T)
 
-    def _observe_more(self, numbers_TX: Tensor | None, margins_TE: Tensor | None, valid_T: Tensor | None) -> None:
-        for these_TX, broken in ((numbers_TX, _not_finite), (margins_TE, _not_a_number)):
-            if these_TX is not None:
-                nonfinite_T = broken(these_TX)
-                self.nonfinite += (nonfinite_T if valid_T is None else nonfinite_T & valid_T).sum()
-        if margins_TE is not None and self.histogram_EB is not None:
-            margins.add(self.histogram_EB, margins_TE, valid_T)
+    def _observe_scores(self, numbers_TX: Tensor | None, valid_T: Tensor | None) -> None:
+        if numbers_TX is not None:
+            if valid_T is not None:
+                numbers_TX = numbers_TX.where(valid_T[:, None], 0.0)
+            # a sum is finite only if all of its terms are, and 0 times what is not is NaN
+            self.spoilt.add_(numbers_TX.sum(dtype=torch.float32), alpha=0.0)
+
+    @torch.no_grad()
+    def observe_margins(self, margins_XE: Tensor, valid_X: Tensor | None = None) -> None:
+        """Adds the margins, float32 [X, E], of a sample of the tokens, those not `valid_X` (bool [X]) left out."""
+        if self.histogram_EB is not None:
+            margins.add(self.histogram_EB, margins_XE, valid_X)
 
     def local(self) -> LoadCounts:
         """What has been counted so far, on this rank: the buffers themselves."""
-        return LoadCounts(self.tokens_per_expert, self.nonfinite, self.dictated, self.histogram_EB)
-
-    def subtract(self, sent: LoadCounts) -> None:
-        """Takes out what has been summed; tokens that came meanwhile stay for the next global batch."""
-        for mine, gone in zip(self.local(), sent, strict=True):
-            if mine is not None and gone is not None:
-                mine -= gone
-        self.passes = 0
+        return local([self])[0]
 
     def reset_parameters(self) -> None:
         """Counts begin at zero: what frameworks call on each module that they have given memory (`to_empty`)."""
         reset([self])
 
 
-def _not_finite(numbers_TX: Tensor) -> Tensor:
-    """bool [T]; a sum is finite only if all of its terms are."""
-    return ~numbers_TX.sum(dim=-1, dtype=torch.float32).isfinite()
+@torch.no_grad()
+def local(counters: Sequence[LoadCounter]) -> list[LoadCounts]:
+    """What each has counted so far, on this rank: the buffers themselves."""
+    if counters:
+        spoilt = [counter.spoilt for counter in counters]
+        found = torch.cat(spoilt).ne(0).to(torch.int64).split(1)
+        torch._foreach_add_([counter.found_nonfinite for counter in counters], found)
+        torch._foreach_zero_(spoilt)
+    return [LoadCounts(c.tokens_per_expert, c.found_nonfinite, c.dictated, c.histogram_EB) for c in counters]
 
 
-def _not_a_number(margins_TE: Tensor) -> Tensor:
-    """bool [T]; margins may be infinite, for a masked expert, but a NaN among them is no score."""
-    return margins_TE.isnan().any(dim=-1)
+@torch.no_grad()
+def subtract(counters: Sequence[LoadCounter], sent: Sequence[LoadCounts]) -> None:
+    """Takes out what has been summed, in one go; tokens that came meanwhile stay for the next global batch."""
+    mine, gone = [], []
+    for counter, counts in zip(counters, sent, strict=True):
+        parts = (counter.tokens_per_expert, counter.found_nonfinite, counter.dictated, counter.histogram_EB)
+        for part, out in zip(parts, counts, strict=True):
+            if part is not None and out is not None:
+                mine.append(part)
+                gone.append(out)
+        counter.passes = 0
+    if mine:
+        torch._foreach_sub_(mine, gone)
 
 
 @contextmanager
@@ -206,15 +217,16 @@ class LoadAllReduce:
         with_margins: bool = True,
         piggyback: Tensor | None = None,
     ) -> None:
-        here = [counter.local() for counter in counters]
+        here = local(counters)
         if not with_margins:
             here = [seen._replace(histogram_EB=None) for seen in here]
         self._here = here
-        narrow = any(seen.histogram_EB is not None for seen in here)
-        dtype = torch.int32 if narrow else torch.int64
-        flat = [part.reshape(-1).to(dtype) for seen in here for part in seen if part is not None]
+        histograms = [seen.histogram_EB.reshape(-1) for seen in here if seen.histogram_EB is not None]
+        integers = [part for seen in here for part in seen[:3] if part is not None]
         self._piggybacked = 0 if piggyback is None else piggyback.numel()
-        self._flat = torch.cat(flat if piggyback is None else [*flat, piggyback.to(dtype)])
+        self._flat = torch.cat(integers if piggyback is None else [*integers, piggyback])
+        if histograms:
+            self._flat = torch.cat([self._flat.to(torch.int32), *histograms])
         self.sent = self._unpack(self._flat.clone())  # this rank's share
         alone = not dist.is_initialized() or dist.get_world_size(group) == 1
         self._work = None if alone else dist.all_reduce(self._flat, group=group, async_op=True)
@@ -234,18 +246,26 @@ class LoadAllReduce:
     @property
     def piggyback(self) -> Tensor:
         """The sum of what rode along, after `wait`."""
-        return self._flat[self._flat.numel() - self._piggybacked :]
+        end = sum(self._integers)
+        return self._flat[end - self._piggybacked : end]
+
+    @property
+    def _integers(self) -> list[int]:
+        """Sizes of what comes before the histograms."""
+        return [part.numel() for seen in self._here for part in seen[:3] if part is not None] + [self._piggybacked]
 
     def _unpack(self, flat: Tensor) -> list[LoadCounts]:
         """Views of the histograms, int64 of the counts."""
-        sizes = [part.numel() for seen in self._here for part in seen if part is not None]
-        parts = iter(flat.split([*sizes, self._piggybacked]))
+        sizes = self._integers
+        counts = iter(flat[: sum(sizes)].to(torch.int64).split(sizes))
+        wide = [seen.histogram_EB.numel() for seen in self._here if seen.histogram_EB is not None]
+        histograms = iter(flat[sum(sizes) :].split(wide))
         return [
             LoadCounts(
-                loads_E=next(parts).to(torch.int64),
-                nonfinite=next(parts).to(torch.int64),
-                dictated=None if seen.dictated is None else next(parts).to(torch.int64),
-                histogram_EB=None if seen.histogram_EB is None else next(parts).view_as(seen.histogram_EB),
+                loads_E=next(counts),
+                nonfinite=next(counts),
+                dictated=None if seen.dictated is None else next(counts),
+                histogram_EB=None if seen.histogram_EB is None else next(histograms).view_as(seen.histogram_EB),
             )
             for seen in self._here
         ]

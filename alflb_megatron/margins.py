@@ -29,6 +29,9 @@ SIDE = ((LARGEST - SMALLEST) << MANTISSA_BITS) + 2  # bins on one side of zero: 
 BINS = 2 * SIDE
 """Bins of a histogram."""
 
+SAMPLE_LOAD = 256
+"""Tokens of an expert, on average, that a sample has at least."""
+
 _SHIFT = 23 - MANTISSA_BITS
 _FIRST_KEY = (127 + SMALLEST) << MANTISSA_BITS
 
@@ -66,22 +69,11 @@ def of_top(ranked_TE: Tensor, top_TJ: Tensor, experts_TK: Tensor, threshold: Thr
     return margins_TE.scatter_(1, experts_TK, (top_TJ[:, :topk] - next_T1).float())
 
 
-def of_map(ranked_TE: Tensor, map_TE: Tensor, threshold: Threshold) -> Tensor:
-    """The same for any choice (bool [T, E]), replayed or made by a fused kernel.
-
-    In a replayed choice an expert may have been passed over although it ranks higher; its margin is zero from below.
-    """
-    ranked_TE = ranked_TE.float()
-    last_T1 = ranked_TE.masked_fill(~map_TE, float("inf")).amin(dim=1, keepdim=True)
-    next_T1 = ranked_TE.masked_fill(map_TE, float("-inf")).amax(dim=1, keepdim=True)
-    outside_TE = -((last_T1 if threshold is Threshold.OWN else next_T1) - ranked_TE).clamp(min=0)
-    return torch.where(map_TE, (ranked_TE - next_T1).clamp(min=0), outside_TE)
-
-
 def of_groups(
     ranked_TE: Tensor, map_TE: Tensor, topk: int, num_groups: int, group_topk: int, threshold: Threshold
 ) -> Tensor:
-    """The same for group-limited routing (`routing.group_limited_topk`): there an expert can win or lose its group too.
+    """The same for group-limited routing (`routing.group_limited_topk`; `map_TE`: what it chose, bool [T, E]): there an
+    expert can win or lose its group too.
 
     A group is worth the sum of its M = topk / group_topk largest. A chosen expert may fall by what it ranks above the
     next expert of the groups taken or, being among its group's M largest, by what the group is worth above the best one
@@ -122,8 +114,32 @@ def add(histogram_EB: Tensor, margins_TE: Tensor, valid_T: Tensor | None = None)
     histogram_EB.view(-1).index_add_(0, index_TE.view(-1), weight_TE.reshape(-1))
 
 
-def move_to_load(histogram_LEB: Tensor, load_L1: Tensor) -> Tensor:
-    """By how much each expert's bias must move, alone, for its load to become `load_L1`: float32 [L, E].
+def sample_stride(tokens: int, topk: int, experts: int, run: int) -> int:
+    """r, a power of two: margins are measured at every r-th position of each sequence.
+
+    So many that the sample has at least SAMPLE_LOAD tokens for an expert, on average, of the `tokens` that a global
+    batch has on all ranks. It has to divide `run`, how many consecutive positions a rank holds: then every split of the
+    sequences has the same sample.
+    """
+    stride = 1
+    while 2 * stride * SAMPLE_LOAD * experts <= tokens * topk and run % (2 * stride) == 0:
+        stride *= 2
+    return stride
+
+
+@cache
+def positions(sequence: int, stride: int, device: torch.device) -> Tensor:
+    """The first of every `stride` positions, int64 [sequence / stride]."""
+    return torch.arange(0, sequence, stride, device=device)
+
+
+def sampled_loads(histogram_LEB: Tensor) -> Tensor:
+    """How many of the tokens whose margins were measured chose each expert, int64 [L, E]."""
+    return histogram_LEB[..., SIDE:].sum(-1, dtype=torch.int64)
+
+
+def move_to_load(histogram_LEB: Tensor, load_LE: Tensor) -> Tensor:
+    """By how much each expert's bias must move, alone, for its load to become `load_LE`: float32 [L, E].
 
     Exact up to the place inside one bin, where tokens are taken to lie evenly; of several moves that give the load, the
     smallest. No move reaches into the outermost bins: an expert that no token can be brought to (masked with minus
@@ -131,7 +147,7 @@ def move_to_load(histogram_LEB: Tensor, load_L1: Tensor) -> Tensor:
 
     Args:
         histogram_LEB: margins of one global batch, integer [L, E, B].
-        load_L1: the wanted load, broadcast against [L, E].
+        load_LE: the wanted load, of the tokens whose margins these are; broadcast against [L, E].
     """
     inner_LEB = histogram_LEB[..., 1:-1]
     above_LE = histogram_LEB[..., -1]
@@ -139,7 +155,7 @@ def move_to_load(histogram_LEB: Tensor, load_L1: Tensor) -> Tensor:
     # count_J[j]: how many inner margins are at or above edge j; descending in j, from all of them to none
     count_LEJ = torch.nn.functional.pad(inner_LEB.flip(-1).cumsum(-1).flip(-1), (0, 1))
     total_LE = count_LEJ[..., 0]
-    wanted_LE = torch.minimum((load_L1.double() - above_LE).clamp(min=0), total_LE.double())
+    wanted_LE = torch.minimum((load_LE.double() - above_LE).clamp(min=0), total_LE.double())
     over_LEJ, met_LEJ = count_LEJ > wanted_LE.unsqueeze(-1), count_LEJ == wanted_LE.unsqueeze(-1)
     first_LE1 = over_LEJ.sum(-1, keepdim=True)  # the first edge with no more than wanted above it
     last_LE1 = first_LE1 + met_LEJ.sum(-1, keepdim=True) - 1  # the last with just as many, where there is one
@@ -154,7 +170,7 @@ def move_to_load(histogram_LEB: Tensor, load_L1: Tensor) -> Tensor:
     return torch.where(total_LE > 0, -margin_LE, 0.0).float()
 
 
-def density_at_tie(histogram_LEB: Tensor, loads_LE: Tensor, share: float = 0.1) -> Tensor:
+def density_at_tie(histogram_LEB: Tensor, share: float = 0.1) -> Tensor:
     """How much of its tokens an expert wins or loses with its bias, float64 [L], mean over experts, a unit of score.
 
     That is the density of margins at zero: the mean of the diagonal of the dual's Hessian per token
@@ -163,13 +179,12 @@ def density_at_tie(histogram_LEB: Tensor, loads_LE: Tensor, share: float = 0.1) 
 
     Args:
         histogram_LEB: margins of one global batch, integer [L, E, B].
-        loads_LE: its loads, integer [L, E].
         share: of the tokens that experts have, so many are looked at.
     """
     counts_LB = histogram_LEB.sum(dim=1, dtype=torch.int64)
     every_L = counts_LB.sum(dim=1)  # margins: one of each expert a token
     around_LS = (counts_LB[:, SIDE:] + counts_LB[:, :SIDE].flip(1)).cumsum(1)
-    wanted_L1 = share * loads_LE.sum(dim=1, keepdim=True)
+    wanted_L1 = share * counts_LB[:, SIDE:].sum(dim=1, keepdim=True)
     inner_S = edges(histogram_LEB.device)[SIDE + 1 : -1]
     upper_S = torch.nn.functional.pad(inner_S, (0, 1), value=float("inf"))  # the outermost bin has no end
     nearest_L1 = (around_LS < wanted_L1).sum(dim=1, keepdim=True).clamp(max=SIDE - 1)

@@ -18,7 +18,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from alflb_megatron import margins
+from alflb_megatron import margins, metrics
 
 SMALLEST, LARGEST = -20, 4
 """Exponents of the range of the inner bins: scores of a softmax gate over many experts are small."""
@@ -52,20 +52,26 @@ def coarsen(histogram_LEB: Tensor) -> Tensor:
     return below.index_select(-1, _cuts(histogram_LEB.device)).diff(dim=-1)
 
 
-def density_at_tie(counts_LEC: Tensor, load_L1: Tensor, share: float = 0.1) -> Tensor:
+def loads(counts_LEC: Tensor) -> Tensor:
+    """How many of these tokens chose each expert, [L, E]."""
+    return counts_LEC[..., _MIDDLE:].sum(-1)
+
+
+def density_at_tie(counts_LEC: Tensor, share: float = 0.1) -> Tensor:
     """Margins at the tie of each expert, a unit of score, float64 [L, E].
 
     From the nearest bins around it that hold `share` of the mean load.
     """
+    load_L1 = metrics.mean_load(loads(counts_LEC))
     around = (counts_LEC[..., _MIDDLE:] + counts_LEC[..., :_MIDDLE].flip(-1)).cumsum(-1)[..., :-1]
     inner = _edges(counts_LEC.device)[_MIDDLE:]  # upper edges of the bins at and above the tie
     nearest = (around < share * load_L1.unsqueeze(-1)).sum(-1, keepdim=True).clamp(max=inner.numel() - 1)
     return (around.gather(-1, nearest) / (2 * inner[nearest])).squeeze(-1)
 
 
-def relative_move(counts_LEC: Tensor, load_L1: Tensor, move_LE: Tensor) -> Tensor:
+def relative_move(counts_LEC: Tensor, move_LE: Tensor) -> Tensor:
     """By how much margins change with a bias: less what the experts to beat move by on average, float64 [L, E]."""
-    density_LE = density_at_tie(counts_LEC, load_L1)
+    density_LE = density_at_tie(counts_LEC)
     density_LE = density_LE / density_LE.sum(-1, keepdim=True).clamp(min=torch.finfo(torch.float64).tiny)
     move_LE = move_LE.double()
     return move_LE - (density_LE * move_LE).sum(-1, keepdim=True)

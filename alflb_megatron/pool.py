@@ -20,7 +20,8 @@ from torch import Tensor
 
 from alflb_megatron import metrics, near_ties
 from alflb_megatron.config import ALFConfig
-from alflb_megatron.margins import SIDE
+from alflb_megatron.loads import local
+from alflb_megatron.margins import sampled_loads
 from alflb_megatron.rules import State, Stats, keep_where
 from alflb_megatron.update import Shown, centred, faded, step
 
@@ -38,12 +39,14 @@ class Pool:
     sent: Tensor  # counts that have been summed, flat
     bias_LE: Tensor = field(init=False)
     loads_LE: Tensor = field(init=False)
+    sampled_LE: Tensor = field(init=False)  # of the tokens in the pool, as they were routed
     pool_LEC: Tensor | None = field(init=False)
     seen_L1: Tensor = field(init=False)  # sound micro-batches so far
     figures: list[Tensor] = field(init=False)
 
     def __post_init__(self) -> None:
         self.bias_LE, self.loads_LE = self.price_LE, torch.zeros_like(self.price_LE, dtype=torch.int64)
+        self.sampled_LE = self.loads_LE
         margins_ = self.config.rule_knobs.threshold is not None
         self.pool_LEC = self.loads_LE.new_zeros(*self.loads_LE.shape, near_ties.BINS) if margins_ else None
         self.seen_L1 = torch.zeros_like(self.n_L1)
@@ -51,15 +54,16 @@ class Pool:
 
     def counted(self) -> Tensor:
         """Everything that these routers have counted on this rank, flat, int32."""
-        counters = [router.load_counter for router in self.routers]
-        no = torch.zeros_like(counters[0].nonfinite)
+        counted = local([router.load_counter for router in self.routers])
+        no = torch.zeros_like(counted[0].nonfinite)
         parts = [
-            torch.stack([counter.tokens_per_expert for counter in counters]),
-            torch.stack([counter.nonfinite for counter in counters]),
-            torch.stack([no if counter.dictated is None else counter.dictated for counter in counters]),
+            torch.stack([counts.loads_E for counts in counted]),
+            torch.stack([counts.nonfinite for counts in counted]),
+            torch.stack([no if counts.dictated is None else counts.dictated for counts in counted]),
         ]
+        histograms = [counts.histogram_EB for counts in counted if counts.histogram_EB is not None]
         if self.pool_LEC is not None:
-            parts.append(near_ties.coarsen(torch.stack([counter.histogram_EB for counter in counters])))
+            parts.append(near_ties.coarsen(torch.stack(histograms)))
         return torch.cat([part.reshape(-1).to(torch.int32) for part in parts])
 
     def take(self, flat: Tensor, is_last: bool) -> None:
@@ -80,7 +84,9 @@ class Pool:
             self.bias_LE = torch.where(sound_L1, moved_LE, self.bias_LE)
             self.state = {name: keep_where(sound_L1, rows, self.state[name]) for name, rows in state.items()}
         else:
-            self.pool_LEC = self.pool_LEC + near_ties.UNIT * ties.view_as(self.pool_LEC) * sound_L1.unsqueeze(-1)
+            ties_LEC = near_ties.UNIT * ties.view_as(self.pool_LEC) * sound_L1.unsqueeze(-1)
+            self.pool_LEC = self.pool_LEC + ties_LEC
+            self.sampled_LE = self.sampled_LE + near_ties.loads(ties_LEC)
             self.loads_LE = self.loads_LE + near_ties.UNIT * loads_LE * sound_L1
             self.seen_L1 = self.seen_L1 + sound_L1
             if not is_last:
@@ -90,7 +96,7 @@ class Pool:
 
     def _follow(self, pool_LEC: Tensor, sound_L1: Tensor) -> None:
         """Moves the batch's bias to where the pooled tokens ask for it, and the pool with it."""
-        stats = Stats(self.loads_LE, self.n_L1.squeeze(1), near_ties.spread(pool_LEC, torch.zeros_like(self.bias_LE)))
+        stats = self._stats(near_ties.spread(pool_LEC, torch.zeros_like(self.bias_LE)))
         asked = self.config.rule_knobs.share_of_move(stats, self.state)
         assert asked is not None, "a rule that is shown margins says what share of their move it takes"
         move_LE, share_L1 = asked
@@ -99,9 +105,16 @@ class Pool:
         moved_LE = centred(self.config, self.price_LE + gain_L1 * (self.bias_LE + move_LE - self.price_LE))
         moved_LE = faded(self.config, self.price_LE, moved_LE, self.n_L1)
         moved_LE = torch.where(sound_L1 & moved_LE.isfinite().all(-1, keepdim=True), moved_LE, self.bias_LE)
-        load_L1 = metrics.mean_load(self.loads_LE)
-        self.pool_LEC = near_ties.moved(pool_LEC, near_ties.relative_move(pool_LEC, load_L1, moved_LE - self.bias_LE))
+        self.pool_LEC = near_ties.moved(pool_LEC, near_ties.relative_move(pool_LEC, moved_LE - self.bias_LE))
         self.bias_LE = moved_LE
+
+    def _stats(self, histogram_LEB: Tensor) -> Stats:
+        """What the pool shows under some bias: loads are those of its tokens, and what all tokens had beyond them."""
+        share_L1 = self.sampled_LE.sum(-1, keepdim=True) / self.loads_LE.sum(-1, keepdim=True).clamp(min=1).double()
+        moved_LE = (sampled_loads(histogram_LEB) - self.sampled_LE) / share_L1.clamp(
+            min=torch.finfo(torch.float64).tiny
+        )
+        return Stats(self.loads_LE + moved_LE.round().to(torch.int64), self.n_L1.squeeze(1), histogram_LEB)
 
     def _note(self, loads_LE: Tensor, some_L: Tensor) -> None:
         vio_L = metrics.max_vio(loads_LE)
@@ -117,6 +130,5 @@ class Pool:
         if self.pool_LEC is None:
             none = Stats(self.loads_LE, self.n_L1.squeeze(1))
             return Shown(none, (self.bias_LE, self.state))
-        back_LE = near_ties.relative_move(self.pool_LEC, metrics.mean_load(self.loads_LE), self.price_LE - self.bias_LE)
-        histogram_LEB = near_ties.spread(self.pool_LEC, back_LE)
-        return Shown(Stats(histogram_LEB[..., SIDE:].sum(-1), self.n_L1.squeeze(1), histogram_LEB))
+        back_LE = near_ties.relative_move(self.pool_LEC, self.price_LE - self.bias_LE)
+        return Shown(self._stats(near_ties.spread(self.pool_LEC, back_LE)))

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from megatron.core import num_microbatches_calculator
 from megatron.core.transformer.moe.moe_utils import (
     apply_router_token_dropping,
     compute_routing_scores_for_aux_loss,
@@ -22,12 +23,12 @@ from megatron.core.transformer.moe.router_replay import RouterReplayAction
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
-from alflb_megatron import recomputation
+from alflb_megatron import margins, recomputation
 from alflb_megatron.config import ALFConfig
 from alflb_megatron.loads import LoadCounter
 from alflb_megatron.router_checks import check_router_config
 from alflb_megatron.router_state import ExpertBiasRouter, log_once
-from alflb_megatron.routing import Gate, group_limited_topk, margins_of_map, scores_of, select
+from alflb_megatron.routing import Gate, group_limited_topk, margins_of, scores_of, select
 from alflb_megatron.settings import SettingError
 
 logger = logging.getLogger(__name__)
@@ -84,8 +85,12 @@ class ALFRouter(ExpertBiasRouter):
             threshold=None if self.alf.frozen else self.alf.rule_knobs.threshold,
         )
         device = torch.cuda.current_device()
-        margins, replay = self.gate.threshold is not None, config.moe_enable_routing_replay
-        self.load_counter = LoadCounter(self.num_experts, device, with_margins=margins, with_replay=replay)
+        self.load_counter = LoadCounter(
+            self.num_experts,
+            device,
+            with_margins=self.gate.threshold is not None,
+            with_replay=config.moe_enable_routing_replay,
+        )
         self.new_bias_state(device)
 
     # -- routing ---------------------------------------------------------------------------------------------------
@@ -105,7 +110,7 @@ class ALFRouter(ExpertBiasRouter):
         logits_TE = logits.view(-1, self.num_experts)
         padding_T = None if padding_mask is None else padding_mask.reshape(-1)
         logits_TE = self.apply_z_loss(logits_TE, padding_mask=padding_T)
-        probs_TE, map_TE = self._choose(logits_TE, None if padding_T is None else ~padding_T)
+        probs_TE, map_TE = self._choose(logits_TE, None if padding_T is None else ~padding_T, sequence)
         if self.config.moe_expert_capacity_factor is not None:
             probs_TE, map_TE = apply_router_token_dropping(
                 probs_TE,
@@ -119,9 +124,8 @@ class ALFRouter(ExpertBiasRouter):
             probs_TE = self._with_aux_losses(probs_TE, logits_TE, padding_T, sequence, batch)
         return probs_TE, map_TE
 
-    def _choose(self, logits_TE: Tensor, valid_T: Tensor | None) -> tuple[Tensor, Tensor]:
+    def _choose(self, logits_TE: Tensor, valid_T: Tensor | None, sequence: int) -> tuple[Tensor, Tensor]:
         bias_E, counting = self._begin_pass()
-        with_margins = counting and self.load_counter.wants_margins
         if counting:
             self._warn_if_never_updated()
             if self.score_hooks:
@@ -143,22 +147,33 @@ class ALFRouter(ExpertBiasRouter):
                 fused=True,
             )
             if counting:
-                margins_TE = margins_of_map(logits_TE, self.gate, bias_E, map_TE) if with_margins else None
-                self.load_counter.observe_map(map_TE, valid_T, weights_TE=probs_TE, margins_TE=margins_TE)
+                self.load_counter.observe_map(map_TE, valid_T, weights_TE=probs_TE)
+                self._observe_margins(logits_TE, valid_T, bias_E, sequence)
                 self._end_pass()
             return probs_TE, map_TE
-        dictated = self._is_dictated()
-        choice = select(logits_TE, self.gate, bias_E, self._replayed_topk(), with_margins and not dictated)
+        choice = select(logits_TE, self.gate, bias_E, self._replayed_topk())
         if counting:
-            self.load_counter.observe(
-                choice.experts_TK,
-                valid_T,
-                ranked_TK=choice.ranked_TK,
-                margins_TE=choice.margins_TE,
-                dictated=dictated,
-            )
+            dictated = self._is_dictated()
+            self.load_counter.observe(choice.experts_TK, valid_T, ranked_TK=choice.ranked_TK, dictated=dictated)
+            if not dictated:
+                self._observe_margins(logits_TE, valid_T, bias_E, sequence)
             self._end_pass()
         return choice.probs_TE, choice.map_TE
+
+    @torch.no_grad()
+    def _observe_margins(self, logits_TE: Tensor, valid_T: Tensor | None, bias_E: Tensor, sequence: int) -> None:
+        """Measures the margins of every r-th position (`margins.sample_stride`), another one of them each update."""
+        if not self.load_counter.wants_margins:
+            return
+        tokens = logits_TE.shape[0] * self.tp_dp_cp_group.size() * micro_batches()
+        run = sequence // 2 if self.config.context_parallel_size > 1 else sequence  # a rank holds two, of equal length
+        stride = margins.sample_stride(tokens, self.topk, self.num_experts, run)
+        if stride > 1:
+            # by its number on the device: a CUDA graph of this pass goes on turning
+            rows_X = margins.positions(sequence, stride, logits_TE.device) + self.alf_n % stride
+            logits_TE = logits_TE.view(sequence, -1, self.num_experts).index_select(0, rows_X).flatten(0, 1)
+            valid_T = None if valid_T is None else valid_T.view(sequence, -1).index_select(0, rows_X).flatten()
+        self.load_counter.observe_margins(margins_of(logits_TE, self.gate, bias_E), valid_T)
 
     def _replayed_topk(self) -> Any:
         """The K-largest search of Megatron's router replay, None where replay is off."""
@@ -227,3 +242,11 @@ class ALFRouter(ExpertBiasRouter):
                 "the expert bias. Is config.finalize_model_grads_func wrapped (alflb_megatron.hosts.core.install)?",
                 stacklevel=2,
             )
+
+
+def micro_batches() -> int:
+    """Micro-batches of a global batch on each rank, as trainers tell Megatron-Core; 1 where none has told it."""
+    try:
+        return int(num_microbatches_calculator.get_num_microbatches())
+    except AttributeError:  # it holds None
+        return 1

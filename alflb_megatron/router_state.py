@@ -137,10 +137,9 @@ class ExpertBiasRouter(TopKRouter):
     @torch.no_grad()
     def write_state(self, bias_E: Tensor, n: Tensor, state: State) -> None:
         """Commits one update, in place: views of the buffers, as CUDA graphs hold them, stay valid."""
-        self.expert_bias.copy_(bias_E)
+        rows = [getattr(self, STATE_PREFIX + name) for name in state]
+        torch._foreach_copy_([self.expert_bias, *rows], [bias_E, *state.values()])
         self.alf_n.copy_(n)
-        for name, row in state.items():
-            getattr(self, STATE_PREFIX + name).copy_(row)
 
     @torch.no_grad()
     def start_from(self, bias_E: Tensor) -> None:

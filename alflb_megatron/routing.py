@@ -44,8 +44,7 @@ class Gate:
     score_unit: str = "score"
     float32_scores: bool = True
     threshold: Threshold | None = None
-    """Against what margins can be asked for (`select`). With it the K + 1 largest are searched for, whether margins are
-    asked for or not: a layer that is recomputed must break ties as it did before."""
+    """Against what margins can be asked for (`margins_of`)."""
 
 
 class Choice(NamedTuple):
@@ -55,7 +54,6 @@ class Choice(NamedTuple):
     probs_TE: Tensor  # [T, E], the logits' dtype: gate weights, zero where not chosen
     map_TE: Tensor  # bool [T, E]: True where chosen
     ranked_TK: Tensor  # [T, K]: the s + p that won; not finite where a token's scores were not
-    margins_TE: Tensor | None = None  # float32 [T, E] where asked for
 
 
 def group_limited_topk(
@@ -121,18 +119,21 @@ def _gate_weights(logits_TE: Tensor, scores_TE: Tensor | None, experts_TK: Tenso
     return weights_TK.type_as(logits_TE)
 
 
-def margins_of_map(logits_TE: Tensor, gate: Gate, bias_E: Tensor, map_TE: Tensor) -> Tensor:
-    """Margins, float32 [T, E], where only the routing map (bool [T, E]) is known, as after a fused kernel."""
-    assert gate.threshold is not None
-    with torch.no_grad():
-        return _margins_of_map(_ranked(logits_TE, None, gate, bias_E), map_TE, gate)
+@torch.no_grad()
+def margins_of(logits_XE: Tensor, gate: Gate, bias_E: Tensor) -> Tensor:
+    """Margins of X tokens against `gate.threshold` under the bias p, float32 [X, E], from their logits alone.
 
-
-def _margins_of_map(ranked_TE: Tensor, map_TE: Tensor, gate: Gate) -> Tensor:
+    So it is the same beside a fused kernel, which shows no ranking, and a choice of all tokens is not burdened with a
+    search for the (K+1)-th. Between equal scores it may take others than that choice did, which moves no margin.
+    """
     assert gate.threshold is not None
+    ranked_XE = _ranked(logits_XE, None, gate, bias_E)
     if gate.num_groups and gate.group_topk:
-        return margins.of_groups(ranked_TE, map_TE, gate.topk, gate.num_groups, gate.group_topk, gate.threshold)
-    return margins.of_map(ranked_TE, map_TE, gate.threshold)
+        experts_XK = group_limited_topk(ranked_XE, gate.topk, gate.num_groups, gate.group_topk)[1]
+        map_XE = torch.zeros_like(ranked_XE, dtype=torch.bool).scatter_(1, experts_XK, True)
+        return margins.of_groups(ranked_XE, map_XE, gate.topk, gate.num_groups, gate.group_topk, gate.threshold)
+    top_XJ, experts_XJ = torch.topk(ranked_XE, k=min(gate.topk + 1, ranked_XE.shape[1]), dim=1)
+    return margins.of_top(ranked_XE, top_XJ, experts_XJ[:, : gate.topk], gate.threshold)
 
 
 def select(
@@ -140,7 +141,6 @@ def select(
     gate: Gate,
     bias_E: Tensor | None = None,
     topk: TopK | None = None,
-    with_margins: bool = False,
 ) -> Choice:
     """Routes T tokens: the K experts with the largest s + p, weighted by the unbiased scores.
 
@@ -149,26 +149,14 @@ def select(
         gate: the gate's fixed choices.
         bias_E: the expert bias p, float32 [E], or None for unbiased routing.
         topk: replaces the search for the K largest (router replay); default `group_limited_topk`.
-        with_margins: whether to measure margins against `gate.threshold` too.
     """
     normalised_over_all = gate.score_function == "softmax" and gate.pre_softmax
     scores_TE = scores_of(logits_TE, gate) if normalised_over_all else None
     with torch.no_grad():
         ranked_TE = _ranked(logits_TE, scores_TE, gate, bias_E)
-        top_TJ: Tensor | None = None
-        if gate.threshold is not None and topk is None and not gate.group_topk:
-            top_TJ, experts_TJ = torch.topk(ranked_TE, k=min(gate.topk + 1, ranked_TE.shape[1]), dim=1)
-            ranked_TK, experts_TK = top_TJ[:, : gate.topk], experts_TJ[:, : gate.topk]
-        else:
-            find = topk or group_limited_topk
-            ranked_TK, experts_TK = find(ranked_TE, gate.topk, gate.num_groups, gate.group_topk)
+        find = topk or group_limited_topk
+        ranked_TK, experts_TK = find(ranked_TE, gate.topk, gate.num_groups, gate.group_topk)
     weights_TK = _gate_weights(logits_TE, scores_TE, experts_TK, gate)
     probs_TE = torch.zeros_like(logits_TE).scatter_(1, experts_TK, weights_TK)  # in place: no second [T, E]
     map_TE = torch.zeros_like(logits_TE, dtype=torch.bool).scatter_(1, experts_TK, True)
-    margins_TE = None
-    if with_margins and gate.threshold is not None:
-        if top_TJ is not None:
-            margins_TE = margins.of_top(ranked_TE, top_TJ, experts_TK, gate.threshold)
-        else:
-            margins_TE = _margins_of_map(ranked_TE, map_TE, gate)
-    return Choice(experts_TK, probs_TE, map_TE, ranked_TK, margins_TE)
+    return Choice(experts_TK, probs_TE, map_TE, ranked_TK)

@@ -120,7 +120,6 @@ def update(
     histograms = [layer.histogram_EB for layer in seen if layer.histogram_EB is not None]
     histogram_LEB = torch.stack(histograms) if histograms else None
     some_L1 = loads_LE.sum(dim=-1, keepdim=True) > 0
-    stats = None
     if shown is not None and shown.moved is not None:
         moved_LE, moved = shown.moved
     else:
@@ -148,8 +147,7 @@ def update(
     curvature_L = nan_L.double()
     if histogram_LEB is not None:
         experts = loads_LE.shape[1]
-        counted_LE = loads_LE if stats is None else stats.loads
-        curvature_L = margins.density_at_tie(histogram_LEB, counted_LE) * experts / max(experts - 1, 1)
+        curvature_L = margins.density_at_tie(histogram_LEB) * experts / max(experts - 1, 1)
     gain_L = after["gain"].mean(dim=-1) if "gain" in after else nan_L
     return Outcome(refused_L1.squeeze(-1), drift_L, gain_L, curvature_L)
 

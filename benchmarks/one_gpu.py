@@ -88,7 +88,7 @@ def _put_ranges(ours: bool) -> None:
     import megatron.core.distributed  # noqa: F401  (loads the module below, whose name there is a function)
     from megatron.core.transformer.moe import router as megatron_router
 
-    from alflb_megatron import margins, router
+    from alflb_megatron import router
     from alflb_megatron.balancer import Balancer
     from alflb_megatron.loads import LoadCounter
 
@@ -100,8 +100,7 @@ def _put_ranges(ours: bool) -> None:
         (megatron_router, "selection", ["topk_routing_with_score_function"]),
         (router, "selection", ["select", "topk_routing_with_score_function"]),
         (theirs, "counting", ["_apply_expert_bias"]),
-        (router, "counting", ["margins_of_map"]),
-        (margins, "counting", ["of_top", "of_map", "of_groups"]),  # inside `select`
+        (router.ALFRouter, "counting", ["_observe_margins"]),
         (LoadCounter, "counting" if ours else "watching", ["observe", "observe_map"]),
         (Balancer, "update" if ours else "watching", ["launch", "commit"]),
         (finalize, "update", [] if ours else ["_update_router_expert_bias", "reset_model_temporary_tensors"]),
@@ -170,8 +169,6 @@ def profile_of(events: Sequence[Any], cuda: bool) -> dict[str, Any]:
     roots = [event for event in on_cpu if event.cpu_parent is None]
     found = {part: list(_outermost(roots, part)) for part in (*PARTS, "step")}
     spent = {part: sum(map(time, ranges)) for part, ranges in found.items()}
-    for choice in found["selection"]:  # margins are measured inside the choice
-        spent["selection"] -= sum(map(time, _outermost(choice.cpu_children, "counting")))
     whole = spent.pop("step")
     if cuda:  # the backward pass runs on a thread of its own, outside the range of the step
         kernels = (event for event in events if event.device_type == torch.autograd.DeviceType.CUDA)

@@ -128,7 +128,8 @@ def batch(layers: int, experts: int, threshold: margins.Threshold, topk: int = T
         top_TJ, experts_TJ = scores_TE.topk(min(topk + 1, experts), dim=1)
         experts_TK = experts_TJ[:, :topk]
         window = LoadCounter(experts, with_margins=True)
-        window.observe(experts_TK, margins_TE=margins.of_top(scores_TE, top_TJ, experts_TK, threshold))
+        window.observe(experts_TK)
+        window.observe_margins(margins.of_top(scores_TE, top_TJ, experts_TK, threshold))
         seen.append(window.local())
     turn = [seen[layer % len(seen)] for layer in range(layers)]
     histograms = [one.histogram_EB for one in turn if one.histogram_EB is not None]

@@ -32,7 +32,7 @@ import torch
 from torch import Tensor
 
 from alflb_megatron import metrics, settings
-from alflb_megatron.margins import Threshold, move_to_load
+from alflb_megatron.margins import Threshold, move_to_load, sampled_loads
 
 State = dict[str, Tensor]
 
@@ -44,7 +44,8 @@ class Stats:
     loads: int64 [L, E], tokens that chose each expert over all ranks and micro-batches, before any is dropped; with
     `--alflb-update-every micro-batch`, in parts of a token (`near_ties.UNIT`), as is the histogram.
     n: int64 [L], 1-based number of this update in each layer (the n of u/n).
-    histogram: int32 [L, E, B], margins of the same tokens, where the rule has a `threshold`.
+    histogram: int32 [L, E, B], margins of a sample of these tokens (`margins.sample_stride`), where the rule has a
+    `threshold`.
     """
 
     loads: Tensor
@@ -64,10 +65,19 @@ class Stats:
 
     @cached_property
     def move_to_balance(self) -> Tensor:
-        """By how much each bias must move, alone, for its expert to carry L tokens, float32 [L, E]."""
+        """By how much each bias must move, alone, for its expert to carry L tokens, float32 [L, E].
+
+        Loads are known of all tokens, margins of a share f of them. Of the sample expert k has a_k tokens, and is to
+        have f (L - A_k) more: how the sample's load differs from its share of the load is chance that is known, a
+        control variate (Hammersley and Handscomb 1964, section 5.5). With all tokens in the sample that is L.
+        """
         if self.histogram is None:
             raise ValueError("the rule asks for margins but has no `threshold`, so none were measured")
-        return move_to_load(self.histogram, metrics.mean_load(self.loads))
+        sampled_LE = sampled_loads(self.histogram)
+        share_L1 = sampled_LE.sum(-1, keepdim=True) / self.loads.sum(-1, keepdim=True).clamp(min=1).double()
+        return move_to_load(
+            self.histogram, sampled_LE + share_L1 * (metrics.mean_load(self.loads).double() - self.loads)
+        )
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from torch import Tensor
 from alflb_megatron import margins, rules
 from alflb_megatron.config import ALFConfig
 from alflb_megatron.loads import LoadCounter
-from alflb_megatron.routing import Gate, select
+from alflb_megatron.routing import Gate, margins_of, select
 from alflb_megatron.rules import Stats
 
 EXPERTS, TOPK, HIDDEN, TOKENS = 64, 6, 256, 4096
@@ -183,9 +183,10 @@ def test_counts_and_margins_are_those_of_the_cpu(threshold: margins.Threshold, l
     gate = Gate(topk=TOPK, score_unit="logit", threshold=threshold, **limits)
     found = []
     for device in ("cpu", "cuda"):
-        choice = select(logits.to(device), gate, bias.to(device), with_margins=True)
+        choice = select(logits.to(device), gate, bias.to(device))
         counter = LoadCounter(EXPERTS, device, with_margins=True)
-        counter.observe(choice.experts_TK, valid.to(device), ranked_TK=choice.ranked_TK, margins_TE=choice.margins_TE)
+        counter.observe(choice.experts_TK, valid.to(device), ranked_TK=choice.ranked_TK)
+        counter.observe_margins(margins_of(logits.to(device), gate, bias.to(device)), valid.to(device))
         found.append([part.cpu() for part in counter.local() if part is not None])
     assert all(torch.equal(mine, theirs) for mine, theirs in zip(*found, strict=True))
 

@@ -108,17 +108,18 @@ def test_sign_against_numpy() -> None:
 
 
 def test_quantile_is_replayed_as_the_router_and_the_balancer_would() -> None:
-    """Margins of `routing.select`, counted into a window, on scores as a sigmoid gate gives them."""
+    """Margins of `routing.margins_of`, counted into a window, on scores as a sigmoid gate gives them."""
     from alflb_megatron.loads import LoadCounter
-    from alflb_megatron.routing import Gate, select
+    from alflb_megatron.routing import Gate, margins_of, select
 
     rule = rules.make("quantile")
+    gate = Gate(TOPK, "sigmoid", threshold=rule.threshold)
     scores, bias = stream(5)[:, :1], torch.zeros(EXPERTS)
     player = ReplayedRule(rule, 1, EXPERTS, Gating(TOPK))
     for step in scores:
         window = LoadCounter(EXPERTS, with_margins=True)
-        choice = select(step[0].logit(), Gate(TOPK, "sigmoid", threshold=rule.threshold), bias, with_margins=True)
-        window.observe(choice.experts_TK, margins_TE=choice.margins_TE)
+        window.observe(select(step[0].logit(), gate, bias).experts_TK)
+        window.observe_margins(margins_of(step[0].logit(), gate, bias))
         apart = (player.step(step)[0] - window.tokens_per_expert).abs().max()
         assert apart <= 1, "logit and sigmoid are no exact inverses"
         stats = rules.Stats(window.tokens_per_expert[None], torch.ones(1), window.histogram_EB[None])
