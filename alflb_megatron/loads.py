@@ -142,8 +142,8 @@ class LoadCounter(nn.Module):
     @torch.no_grad()
     def observe_margins(self, margins_XE: Tensor, valid_X: Tensor | None = None) -> None:
         """Adds the margins, float32 [X, E], of a sample of the tokens, those not `valid_X` (bool [X]) left out."""
-        if self.histogram_EB is not None:
-            margins.add(self.histogram_EB, margins_XE, valid_X)
+        assert self.histogram_EB is not None
+        margins.add(self.histogram_EB, margins_XE, valid_X)
 
     def local(self) -> LoadCounts:
         """What has been counted so far, on this rank: the buffers themselves."""

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from megatron.core import num_microbatches_calculator
+from megatron.core.jit import jit_fuser
 from megatron.core.transformer.moe.moe_utils import (
     apply_router_token_dropping,
     compute_routing_scores_for_aux_loss,
@@ -28,10 +29,12 @@ from alflb_megatron.config import ALFConfig
 from alflb_megatron.loads import LoadCounter
 from alflb_megatron.router_checks import check_router_config
 from alflb_megatron.router_state import ExpertBiasRouter, log_once
-from alflb_megatron.routing import Gate, group_limited_topk, margins_of, scores_of, select
+from alflb_megatron.routing import Gate, add_margins, group_limited_topk, scores_of, select
 from alflb_megatron.settings import SettingError
 
 logger = logging.getLogger(__name__)
+
+_add_margins = jit_fuser(add_margins)  # a few kernels where there were twenty
 
 _DICTATING = (RouterReplayAction.REPLAY_FORWARD, RouterReplayAction.REPLAY_BACKWARD)
 
@@ -160,7 +163,6 @@ class ALFRouter(ExpertBiasRouter):
             self._end_pass()
         return choice.probs_TE, choice.map_TE
 
-    @torch.no_grad()
     def _observe_margins(self, logits_TE: Tensor, valid_T: Tensor | None, bias_E: Tensor, sequence: int) -> None:
         """Measures the margins of every r-th position (`margins.sample_stride`), another one of them each update."""
         if not self.load_counter.wants_margins:
@@ -168,12 +170,11 @@ class ALFRouter(ExpertBiasRouter):
         tokens = logits_TE.shape[0] * self.tp_dp_cp_group.size() * micro_batches()
         run = sequence // 2 if self.config.context_parallel_size > 1 else sequence  # a rank holds two, of equal length
         stride = margins.sample_stride(tokens, self.topk, self.num_experts, run)
-        if stride > 1:
-            # by its number on the device: a CUDA graph of this pass goes on turning
-            rows_X = margins.positions(sequence, stride, logits_TE.device) + self.alf_n % stride
-            logits_TE = logits_TE.view(sequence, -1, self.num_experts).index_select(0, rows_X).flatten(0, 1)
-            valid_T = None if valid_T is None else valid_T.view(sequence, -1).index_select(0, rows_X).flatten()
-        self.load_counter.observe_margins(margins_of(logits_TE, self.gate, bias_E), valid_T)
+        logits_SBE = logits_TE.view(sequence, -1, self.num_experts)
+        valid_SB = None if valid_T is None else valid_T.view(sequence, -1)
+        first_X = margins.positions(sequence, stride, logits_TE.device)
+        histogram_EB = self.load_counter.histogram_EB
+        _add_margins(histogram_EB, logits_SBE, valid_SB, bias_E, first_X, self.alf_n, stride, self.gate)
 
     def _replayed_topk(self) -> Any:
         """The K-largest search of Megatron's router replay, None where replay is off."""

@@ -136,6 +136,28 @@ def margins_of(logits_XE: Tensor, gate: Gate, bias_E: Tensor) -> Tensor:
     return margins.of_top(ranked_XE, top_XJ, experts_XJ[:, : gate.topk], gate.threshold)
 
 
+def add_margins(
+    histogram_EB: Tensor,
+    logits_SBE: Tensor,
+    valid_SB: Tensor | None,
+    bias_E: Tensor,
+    first_X: Tensor,
+    n: Tensor,
+    stride: int,
+    gate: Gate,
+) -> None:
+    """Adds the margins of the sample at the positions `first_X`, int64 [X], moved by n modulo `stride`, in place.
+
+    n, int64 [1], is read on the device: in a CUDA graph of the pass the sample goes on turning.
+    """
+    if stride > 1:
+        rows_X = first_X + n % stride
+        logits_SBE = logits_SBE.index_select(0, rows_X)
+        valid_SB = None if valid_SB is None else valid_SB.index_select(0, rows_X)
+    margins_XE = margins_of(logits_SBE.flatten(0, 1), gate, bias_E)
+    margins.add(histogram_EB, margins_XE, None if valid_SB is None else valid_SB.flatten())
+
+
 def select(
     logits_TE: Tensor,
     gate: Gate,

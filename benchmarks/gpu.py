@@ -99,6 +99,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--rounds", type=int, default=1, help="trainings of each rule (%(default)s)")
     parser.add_argument("--rules", default=DEFAULTS["rules"], help="to train with (%(default)s)")
     parser.add_argument("--parts", default="tests,cost,one_gpu", help="which of them (%(default)s)")
+    parser.add_argument("--quick", action="store_true", help="the cost of four shapes alone")
     parser.add_argument("--out", type=Path, help="default: benchmarks/results/gpu[-VERSION].json")
     parser.add_argument("--runs", type=Path, default=Path("runs/gpu"), help="folder of logs and runs (%(default)s)")
     flags = parser.parse_args(arguments)
@@ -119,13 +120,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if "tests" in parts:
         keep("tests", tests(flags.runs, limit=(end - time.monotonic()) / 2))
     if "cost" in parts:
-        keep("cost", measured("cost", flags.runs, [], limit=(end - time.monotonic()) / 2))
+        words = ["--quick"] if flags.quick else []
+        keep("cost", measured("cost", flags.runs, words, limit=(end - time.monotonic()) / 2))
     if "one_gpu" in parts:
         words = ["--steps", str(flags.steps), "--rounds", str(flags.rounds), "--rules", flags.rules]
         words += [
             "--runs",
             str(flags.runs / "one_gpu"),
             "--",
+            "--validation-sequences",
+            "16",
             *(["--grouped-gemm"] if build.have_transformer_engine() else []),
         ]
         keep("one_gpu", measured("one_gpu", flags.runs, words, limit=end - time.monotonic()))

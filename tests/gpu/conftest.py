@@ -7,6 +7,11 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+if torch.cuda.is_available():
+    from megatron.core import jit
+
+    jit.disable_jit_fuser()  # before what it compiles is imported: that takes longer than all the tests together
+
 
 @pytest.fixture(scope="session")
 def one_rank() -> Iterator[None]:

@@ -46,7 +46,7 @@ def test_sign_without_centring_is_megatron_cores_own_bias(job: dict[str, Any]) -
 
 @pytest.mark.parametrize("update_every", ["global-batch", "micro-batch"])
 @pytest.mark.parametrize("recompute", ["none", "full"])
-@pytest.mark.parametrize("rule", ["sign", "quantile", "adaptive"])
+@pytest.mark.parametrize("rule", ["sign", "adaptive"])
 def test_loads_are_of_every_token_once(rule: str, recompute: str, update_every: str) -> None:
     plan = jobs.plan({**JOB, "rule": rule, "recompute": recompute}, update_every=update_every)
     trace = jobs.trace(plan, STEPS)
@@ -89,8 +89,11 @@ def test_megatron_cores_cuda_graphs(rule: str, monkeypatch: pytest.MonkeyPatch) 
         build.get_gpt_decoder_block_spec,
     )
 
+    def padded(plan: Any) -> Any:  # Megatron-Core graphs the first half of the dispatch too: its shapes must not vary
+        return dataclasses.replace(plain(plan), moe_expert_capacity_factor=1.0, moe_pad_expert_input_to_capacity=True)
+
     def graphed(plan: Any) -> Any:
-        return dataclasses.replace(plain(plan), cuda_graph_impl="local", cuda_graph_scope=["moe_router"])
+        return dataclasses.replace(padded(plan), cuda_graph_impl="local", cuda_graph_scope=["moe_router"])
 
     def seeded(number: int, force_reset_rng: bool = True) -> None:
         seed(number, te_rng_tracker=True, force_reset_rng=force_reset_rng)
@@ -104,6 +107,7 @@ def test_megatron_cores_cuda_graphs(rule: str, monkeypatch: pytest.MonkeyPatch) 
         return dataclasses.replace(spec, layer_specs=layers)
 
     plan = jobs.plan({**JOB, "rule": rule})
+    monkeypatch.setattr(build, "transformer_config", padded)
     eager = jobs.trace(plan, STEPS)
     monkeypatch.setattr(build, "transformer_config", graphed)
     monkeypatch.setattr(tensor_parallel, "model_parallel_cuda_manual_seed", seeded)

@@ -88,17 +88,21 @@ class ReplayedRule:
     @torch.no_grad()
     def step(self, scores_LTE: Tensor) -> tuple[Tensor, list[float]]:
         """Routes one step with the bias as it is, then moves it: loads int64 [L, E], chosen scores of each layer."""
-        layers, _, experts = scores_LTE.shape
+        layers, tokens, experts = scores_LTE.shape
         threshold = self.rule.threshold
         histogram_LEB = None if threshold is None else torch.zeros(layers, experts, BINS, dtype=torch.int32)
+        stride = margins.sample_stride(tokens, topk_of(self.gating), experts, run=tokens)
         loads, affinity, seconds = [], [], 0.0
         for layer, scores_TE in enumerate(scores_LTE):
-            chosen = choose_experts(scores_TE + self.bias_LE[layer], self.gating, threshold is not None)
+            ranked_TE = scores_TE + self.bias_LE[layer]
+            chosen = choose_experts(ranked_TE, self.gating)
             loads.append(chosen.loads())
             affinity.append(chosen.affinity(scores_TE))
             if threshold is not None and histogram_LEB is not None:
                 began = time.perf_counter()
-                margins.add(histogram_LEB[layer], chosen.margins(threshold))
+                sample_XE = ranked_TE[int(self.n_L[layer]) % stride :: stride]
+                sampled = choose_experts(sample_XE, self.gating, with_margins=True)
+                margins.add(histogram_LEB[layer], sampled.margins(threshold))
                 seconds += time.perf_counter() - began
         loads_LE = torch.stack(loads)
         began = time.perf_counter()
