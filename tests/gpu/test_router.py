@@ -320,3 +320,35 @@ def test_a_captured_router_counts_and_follows_its_bias(rule: str, form: dict[str
             one.commit()
         assert torch.equal(router.expert_bias, eager.expert_bias)
     assert router.expert_bias.abs().max() > 0
+
+
+@pytest.mark.parametrize("rule", ["sign", "quantile", "adaptive"])
+def test_an_update_can_be_captured_with_its_global_batch(rule: str) -> None:
+    """Where nothing is looked at between (`check_every`, `alarm_after`): a replay runs no Python."""
+    quiet: dict[str, Any] = {"rule": rule, "check_every": 0, "alarm_after": 0}
+    router, eager = _ours(_config(), **quiet), _ours(_config(), **quiet)
+    eager.weight.data.copy_(router.weight.data)
+    balancer, plain = _balancer(router), _balancer(eager)
+    static, upstream = _hidden(torch.float32), torch.ones(TOKENS, EXPERTS, device="cuda")
+
+    def global_batch(of: Any, with_: Any, hidden: Tensor) -> None:
+        of(hidden)[0].backward(upstream)
+        with_.launch()
+        with_.commit()
+
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            global_batch(router, balancer, static)
+            global_batch(eager, plain, static)
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        global_batch(router, balancer, static)
+    for seed in range(5):
+        static.copy_(_hidden(torch.float32, seed))
+        graph.replay()
+        global_batch(eager, plain, static)
+        assert torch.equal(router.expert_bias, eager.expert_bias)
+    assert int(router.alf_n) == int(eager.alf_n) == 8
