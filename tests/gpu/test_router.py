@@ -188,12 +188,10 @@ def test_compiled_margins_are_those_of_the_eager_function() -> None:
 @pytest.mark.parametrize("limits", [{}, {"num_groups": 8, "group_topk": 3}], ids=["plain", "groups"])
 @pytest.mark.parametrize("threshold", list(margins.Threshold))
 def test_counts_and_margins_are_those_of_the_cpu(threshold: margins.Threshold, limits: dict[str, int]) -> None:
-    # Scores and biases on a grid: every sum of them is exact on both. None of a token are equal, nor are its groups'
-    # worths, but by a rare chance: which of two equal ones is chosen is the device's own.
+    # In float64 no two scores of a token are equal: which of two equal ones is chosen is the device's own.
     generator = torch.Generator().manual_seed(1)
-    logits = torch.rand(TOKENS, EXPERTS, generator=generator).argsort(dim=1) / EXPERTS
-    logits = (logits + 2.0**-7 * torch.rand(TOKENS, EXPERTS, generator=generator)).mul(2**20).round() / 2**20
-    bias = torch.randn(EXPERTS, generator=generator).mul(0.2 * 2**20).round() / 2**20
+    logits = torch.randn(TOKENS, EXPERTS, generator=generator, dtype=torch.float64)
+    bias = 0.2 * torch.randn(EXPERTS, generator=generator)
     valid = torch.rand(TOKENS, generator=generator) < 0.9
     gate = Gate(topk=TOPK, score_unit="logit", threshold=threshold, **limits)
     found = []

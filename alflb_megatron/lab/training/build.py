@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from megatron.core import parallel_state, tensor_parallel
+import torch.distributed as dist
+from megatron.core import num_microbatches_calculator, parallel_state, tensor_parallel
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec, get_gpt_mtp_block_spec
@@ -22,7 +23,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from alflb_megatron.balancer import Balancer
 from alflb_megatron.hosts import core, cpu
 from alflb_megatron.hosts.cpu.norm import use_plain_norm
-from alflb_megatron.lab.training.job import Plan
+from alflb_megatron.lab.training.job import Job, Plan
 from alflb_megatron.lab.training.optimizer import DTYPES, optimizer_config, optimizer_param_scheduler
 from alflb_megatron.settings import SettingError
 
@@ -36,6 +37,14 @@ class ModelSetup:
     scheduler: OptimizerParamScheduler
     config: TransformerConfig
     balancer: Balancer
+
+
+def tell_micro_batches(job: Job) -> None:
+    """Tells Megatron-Core how many micro-batches a global batch has, as its trainers do: routers ask for it."""
+    num_microbatches_calculator.unset_num_microbatches_calculator()
+    num_microbatches_calculator.init_num_microbatches_calculator(
+        dist.get_rank(), None, job.global_batch_size, job.micro_batch_size, job.dp, decrease_batch_size_if_needed=False
+    )
 
 
 def seed_ranks(seed: int) -> None:

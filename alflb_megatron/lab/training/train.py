@@ -49,6 +49,7 @@ def train(plan: Plan) -> dict[str, Any]:
         expert_model_parallel_size=job.ep,
         expert_tensor_parallel_size=job.etp,
     )
+    build.tell_micro_batches(job)
     build.seed_ranks(job.seed)
     run = TrainingRun(plan)
     try:
