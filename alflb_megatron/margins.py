@@ -29,8 +29,8 @@ SIDE = ((LARGEST - SMALLEST) << MANTISSA_BITS) + 2  # bins on one side of zero: 
 BINS = 2 * SIDE
 """Bins of a histogram."""
 
-SAMPLE_LOAD = 256
-"""Tokens of an expert, on average, that a sample has at least."""
+SAMPLE = 8
+"""Tokens of an expert that a sample has, on average, in units of sqrt(L): of the chance in a load of L tokens."""
 
 _SHIFT = 23 - MANTISSA_BITS
 _FIRST_KEY = (127 + SMALLEST) << MANTISSA_BITS
@@ -117,12 +117,18 @@ def add(histogram_EB: Tensor, margins_TE: Tensor, valid_T: Tensor | None = None)
 def sample_stride(tokens: int, topk: int, experts: int, run: int) -> int:
     """r, a power of two: margins are measured at every r-th position of each sequence.
 
-    So many that the sample has at least SAMPLE_LOAD tokens for an expert, on average, of the `tokens` that a global
-    batch has on all ranks. It has to divide `run`, how many consecutive positions a rank holds: then every split of the
-    sequences has the same sample.
+    A load of L tokens is uncertain by about sqrt(L), so a move has to be found to that, whatever L is: the sample has
+    at least SAMPLE sqrt(L) tokens of an expert, which makes r at most sqrt(L) / SAMPLE. r has to divide `run`, how many
+    consecutive positions a rank holds: then every split of the sequences has the same sample.
+
+    Args:
+        tokens: of a global batch, on all ranks.
+        topk: K.
+        experts: E.
+        run: positions.
     """
     stride = 1
-    while 2 * stride * SAMPLE_LOAD * experts <= tokens * topk and run % (2 * stride) == 0:
+    while (2 * stride * SAMPLE) ** 2 * experts <= tokens * topk and run % (2 * stride) == 0:
         stride *= 2
     return stride
 

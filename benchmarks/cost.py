@@ -5,9 +5,9 @@ own expert bias (with the softmax gate, where it refuses a bias, its plain route
 ours with each rule; on megatron-core 0.19 also its quantile balancing, on logits as it has it. One round runs every
 kind once on the same input: forward and backward of all its routers, then its update of all of them. Rounds are
 interleaved, each ratio is taken inside a round, and the median over the rounds is reported. A global batch has
-MICRO_BATCHES of these: each bears its share of the update, and margins are measured on a sample
-(`margins.sample_stride`). One micro-batch a global batch, given beside, is the dearest: hardly any token is left out
-of the sample there.
+MICRO_BATCHES of these on each of RANKS ranks: each bears its share of the update, and margins are measured on the
+sample that such a batch has (`margins.sample_stride`). A global batch of one micro-batch on one rank, given beside, is
+the dearest: hardly any token is left out of its sample.
 Megatron-Core's update calls an all-reduce on its one rank too, ours does not; the ratio of forward and backward alone
 is given in brackets.
 
@@ -38,7 +38,7 @@ import torch
 from alflb_megatron import rules
 
 LAYERS = 4
-MICRO_BATCHES = (32, 1)
+MICRO_BATCHES, RANKS = 32, 8
 HIDDEN = 1024
 TOPK = {16: 2, 64: 6, 256: 8}
 OURS = ("sign", "sqrt", "quantile", "adaptive")
@@ -159,7 +159,7 @@ def _kinds(config: Any, gate: str) -> dict[str, Kind]:
     return kinds
 
 
-def measure(experts: int, tokens: int, gate: str, micro_batches: int, rounds: int) -> dict[str, Any]:
+def measure(experts: int, tokens: int, gate: str, micro_batches: int, ranks: int, rounds: int) -> dict[str, Any]:
     """Median milliseconds and ratios of every kind for one shape."""
     from megatron.core import num_microbatches_calculator as calculator
 
@@ -175,7 +175,7 @@ def measure(experts: int, tokens: int, gate: str, micro_batches: int, rounds: in
         params_dtype=torch.bfloat16 if torch.cuda.is_available() else torch.float32,
     )
     calculator.unset_num_microbatches_calculator()
-    calculator.init_num_microbatches_calculator(0, None, 8 * micro_batches, 8, 1, False)
+    calculator.init_num_microbatches_calculator(0, None, 8 * micro_batches * ranks, 8, 1, False)  # all on this one
     kinds = _kinds(config, gate)
     device = next(kinds["megatron"].routers[0].parameters()).device
     generator = torch.Generator().manual_seed(0)
@@ -203,8 +203,9 @@ def measure(experts: int, tokens: int, gate: str, micro_batches: int, rounds: in
         if device.type == "cuda":
             passes = functools.partial(kinds[name].forward_backward, hidden, upstream_TE)
             rows[name] |= {"forward_backward": on_the_device(passes), "update": on_the_device(kinds[name].update)}
-    shape = {"experts": experts, "topk": TOPK[experts], "tokens": tokens, "gate": gate, "micro_batches": micro_batches}
-    return {**shape, "rounds": rounds, "kinds": rows}
+    batch = {"micro_batches": micro_batches, "ranks": ranks}
+    shape = {"experts": experts, "topk": TOPK[experts], "tokens": tokens, "gate": gate}
+    return {**shape, **batch, "rounds": rounds, "kinds": rows}
 
 
 def verdicts(rows: list[dict[str, Any]]) -> str:
@@ -226,7 +227,7 @@ def table(results: dict[str, Any]) -> str:
     """Ratios, in brackets those of forward and backward alone, one row a shape; and what should be reached."""
     kinds = [kind for kind in results["rows"][0]["kinds"] if kind != "megatron"]
     lines = [
-        "| gate | E | K | T | micro-batches | megatron, ms | " + " | ".join(kinds) + " |",
+        "| gate | E | K | T | micro-batches x ranks | megatron, ms | " + " | ".join(kinds) + " |",
         "|---|---|---|---|---|---|" + "---|" * len(kinds),
     ]
     for row in results["rows"]:
@@ -239,7 +240,8 @@ def table(results: dict[str, Any]) -> str:
         ]
         milliseconds = own["forward_backward_ms"] + own["update_ms"] / row["micro_batches"]
         lines.append(
-            f"| {row['gate']} | {row['experts']} | {row['topk']} | {row['tokens']} | {row['micro_batches']} | "
+            f"| {row['gate']} | {row['experts']} | {row['topk']} | {row['tokens']} | "
+            f"{row['micro_batches']} x {row['ranks']} | "
             f"{milliseconds:.1f} | " + " | ".join(cells) + " |"
         )
     return "\n".join([*lines, "", verdicts(results["rows"])])
@@ -260,12 +262,13 @@ def run(quick: bool, rounds: int) -> dict[str, Any]:
     torch.distributed.init_process_group("nccl" if cuda else "gloo")
     parallel_state.initialize_model_parallel()
     build.seed_ranks(0)
-    shapes = list(itertools.product(MICRO_BATCHES, ("sigmoid", "softmax"), TOPK, (4096, 16384)))
+    batches = ((MICRO_BATCHES, RANKS), (1, 1))
+    shapes = list(itertools.product(batches, ("sigmoid", "softmax"), TOPK, (4096, 16384)))
     if quick:
-        shapes = [shape for shape in shapes if shape[-1] == 4096 and shape[-2] > 16 and shape[0] > 1]
+        shapes = [shape for shape in shapes if shape[-1] == 4096 and shape[-2] > 16 and shape[0] != (1, 1)]
     rows = []
-    for micro_batches, gate, experts, tokens in shapes:
-        rows.append(measure(experts, tokens, gate, micro_batches, rounds))
+    for batch, gate, experts, tokens in shapes:
+        rows.append(measure(experts, tokens, gate, *batch, rounds=rounds))
         gc.collect()
         print(
             {kind: round(found["ratio"], 2) for kind, found in rows[-1]["kinds"].items()}, file=sys.stderr, flush=True

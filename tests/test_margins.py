@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -10,6 +12,7 @@ from hypothesis import strategies as st
 
 from alflb_megatron import margins
 from alflb_megatron.margins import BINS, SIDE, Threshold
+from alflb_megatron.routing import Gate, add_margins
 
 
 def histogram_of(values_TE: torch.Tensor, valid_T: torch.Tensor | None = None) -> torch.Tensor:
@@ -195,3 +198,45 @@ def test_the_density_at_a_tie_is_the_mean_eigenvalue_of_the_theory() -> None:
     hessian = laplacian(IndependentScores([stats.norm(0, s) for s in spread], topk).weights(bias))
     eigenvalues = torch.linalg.eigvalsh(hessian)[1:]
     assert density * experts / (experts - 1) == pytest.approx(float(eigenvalues.mean()), rel=0.05)
+
+
+# -- the sample --------------------------------------------------------------------------------------------------------
+
+
+@given(
+    tokens=st.integers(1, 10**9),
+    topk=st.integers(1, 16),
+    experts=st.integers(2, 1024),
+    run=st.integers(1, 10**6),
+)
+def test_a_sample_resolves_the_chance_in_a_load(tokens: int, topk: int, experts: int, run: int) -> None:
+    stride = margins.sample_stride(tokens, topk, experts, run)
+    load = tokens * topk / experts
+    assert run % stride == 0 and stride & (stride - 1) == 0
+    assert stride == 1 or load / stride >= margins.SAMPLE * math.sqrt(load) * (1 - 1e-9)
+    # no more than it takes, where the run lets it
+    assert run % (2 * stride) or load / (2 * stride) < margins.SAMPLE * math.sqrt(load) * (1 + 1e-9)
+
+
+def test_of_few_tokens_all_are_measured() -> None:
+    assert margins.sample_stride(213, 6, 64, 213) == 1
+    assert margins.sample_stride(2**20, 6, 64, 4096) == 32
+    assert margins.sample_stride(2**20, 6, 64, 4096 // 2 + 8) == 8, "a rank that holds 2,056 positions of each sequence"
+
+
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("batch", [1, 3])
+def test_the_sample_turns_through_all_positions(batch: int, padded: bool) -> None:
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(32, batch, 12, generator=generator)  # with one sequence: packed documents
+    valid = torch.rand(32, batch, generator=generator) < 0.8 if padded else None
+    gate, bias = Gate(3, "sigmoid", threshold=Threshold.OWN), torch.randn(12, generator=generator) * 0.1
+    whole, parts = (torch.zeros(12, BINS, dtype=torch.int32) for _ in range(2))
+    add_margins(whole, logits, valid, bias, torch.arange(32), torch.tensor([5]), 1, gate)
+    first = margins.positions(32, 4, logits.device)
+    for n in range(7, 11):
+        before = parts.clone()
+        add_margins(parts, logits, valid, bias, first, torch.tensor([n]), 4, gate)
+        held = 8 * batch if valid is None else int(valid[n % 4 :: 4].sum())
+        assert torch.equal((parts - before).sum(1), torch.full((12,), held))
+    assert torch.equal(parts, whole)

@@ -9,15 +9,18 @@ from typing import Any
 import pytest
 import torch
 
+from alflb_megatron import margins
 from tests.distributed import jobs, ranks
 
 EXACT_STEPS = 3
 
 
 RULES: list[dict[str, Any]] = [{"rule": "proportional", "step_size": 0.05}, {"rule": "quantile"}, {"rule": "adaptive"}]
+SAMPLED = [{}, {"sample": 1}]
+"""Margins of all tokens, as of so few; and of every fourth."""
 
 
-def _fed_exactly(alf: dict[str, Any], sizes: dict[str, int]) -> dict[str, Any]:
+def _fed_exactly(alf: dict[str, Any], sizes: dict[str, int], sample: int = margins.SAMPLE) -> dict[str, Any]:
     """On a rank: a router fed its share of tokens that every split sees alike; loads and bias of some updates.
 
     Hidden states and gate weights are small integers over a power of two: logits are exact in float32 however the
@@ -33,14 +36,15 @@ def _fed_exactly(alf: dict[str, Any], sizes: dict[str, int]) -> dict[str, Any]:
 
     plan = jobs.plan({"rule": "proportional", "nproc": torch.distributed.get_world_size()})
     generator = torch.Generator().manual_seed(7)
-    with ranks.model_parallel(**sizes):
+    with ranks.model_parallel(**sizes), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(margins, "SAMPLE", sample)
         config = build.transformer_config(plan)
         groups = get_default_pg_collection()
         router = ALFRouter(config, groups, alf=ALFConfig(**alf))
         with torch.no_grad():
             router.weight.copy_(torch.randint(-8, 9, router.weight.shape, generator=generator) / 64)
         balancer = Balancer([router], [1], groups.tp_dp_cp)
-        loads = []
+        loads, sampled = [], 0
         for _ in range(EXACT_STEPS):
             tokens = torch.randint(-8, 9, (64, 4, config.hidden_size), generator=generator) / 8
             # Data-parallel ranks split the sequences, context- and tensor-parallel ranks the positions of each.
@@ -58,9 +62,15 @@ def _fed_exactly(alf: dict[str, Any], sizes: dict[str, int]) -> dict[str, Any]:
             for micro_batch in share.chunk(2, dim=0):
                 router(micro_batch.contiguous())
             balancer.launch()
+            summed = balancer.under_way.wait()[0].histogram_EB
+            sampled += 0 if summed is None else int(summed[0].sum())
             loads.append(balancer.commit().loads[0].tolist())
         state = {name: row.tolist() for name, row in router.read_state()[1].items()}
-        return {"loads": loads, "bias": router.expert_bias.tolist(), "n": router.alf_n.tolist(), "state": state}
+        found = {"loads": loads, "bias": router.expert_bias.tolist(), "n": router.alf_n.tolist(), "state": state}
+        return {**found, "sampled": sampled}
+
+
+CASES = [(alf, sample) for alf in RULES for sample in (SAMPLED if alf["rule"] != "proportional" else SAMPLED[:1])]
 
 
 def _each(function: Callable[..., Any], arguments: list[Any], *common: Any) -> list[Any]:
@@ -69,7 +79,7 @@ def _each(function: Callable[..., Any], arguments: list[Any], *common: Any) -> l
 
 
 def _each_rule(sizes: list[dict[str, int]]) -> list[list[dict[str, Any]]]:
-    return [[_fed_exactly(alf, size) for alf in RULES] for size in sizes]
+    return [[_fed_exactly(alf, size, **sample) for alf, sample in CASES] for size in sizes]
 
 
 SPLITS: dict[int, list[dict[str, int]]] = {
@@ -95,11 +105,14 @@ def test_loads_and_bias_do_not_depend_on_the_split() -> None:
         assert sum(found["loads"][0]) == 64 * 4 * 2
         assert max(found["loads"][0]) > 1.2 * 64, "the example should not be balanced to begin with"
         assert any(found["bias"])
+    tokens = EXACT_STEPS * 64 * 4
+    assert [found["sampled"] for found in alone] == [0, tokens, tokens // 4, tokens, tokens // 4]
+    assert alone[3]["bias"] != alone[4]["bias"]
     for nproc, sizes in SPLITS.items():
         for rank, results in enumerate(ranks.run(nproc, _each_rule, sizes)):
             for size, of_rules in zip(sizes, results, strict=True):
-                for alf, found, expected in zip(RULES, of_rules, alone, strict=True):
-                    assert found == expected, f"{alf['rule']}, {size}, rank {rank} of {nproc}"
+                for case, found, expected in zip(CASES, of_rules, alone, strict=True):
+                    assert found == expected, f"{case}, {size}, rank {rank} of {nproc}"
 
 
 def _saved(folder: Path) -> None:

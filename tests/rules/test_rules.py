@@ -115,6 +115,24 @@ def test_rule_is_its_formula(name: str, seed: int) -> None:
     np.testing.assert_allclose(moved - batch.bias.numpy(), expected - batch.bias.numpy(), **tolerance)
 
 
+@pytest.mark.parametrize("seed", range(3))
+def test_the_chance_in_a_sample_does_not_move_a_bias(seed: int) -> None:
+    """Of eight samples of one batch, each with the exact loads beside it: all ask for nearly the move of the batch."""
+    generator = torch.Generator().manual_seed(seed)
+    scores = torch.rand(1, 8000, 16, generator=generator) + 0.1 * torch.rand(16, generator=generator)
+    bias, n = torch.zeros(1, 16), torch.ones(1, dtype=torch.int64)
+    whole = route(scores, bias, n, Threshold.OWN).stats
+    errors: dict[str, list[torch.Tensor]] = {"exact loads": [], "sample's loads": []}
+    for first in range(8):
+        sample = route(scores[:, first::8], bias, n, Threshold.OWN).stats
+        for name, loads in (("exact loads", whole.loads), ("sample's loads", sample.loads)):
+            move = Stats(loads, n, sample.histogram).move_to_balance
+            errors[name].append(move - whole.move_to_balance)
+    size = {name: float(torch.stack(rows).square().mean().sqrt()) for name, rows in errors.items()}
+    assert size["exact loads"] < 0.5 * size["sample's loads"]
+    assert size["exact loads"] < 0.2 * float(whole.move_to_balance.square().mean().sqrt())
+
+
 @pytest.mark.parametrize("name", FORMULAS)
 def test_permuting_experts_permutes_the_step(name: str) -> None:
     batch = example(name)
