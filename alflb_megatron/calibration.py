@@ -68,7 +68,7 @@ class _RecordedRouter:
             assert self.expert_bias is not None
             choice = select(logits_TE, self.gate, self.expert_bias)
             self.load_counter.observe(choice.experts_TK, ranked_TK=choice.ranked_TK)
-            self.load_counter.observe_margins(margins_of(logits_TE, self.gate, self.expert_bias))
+            self.load_counter.observe_margins(margins_of(logits_TE, choice.map_TE, self.gate, self.expert_bias))
 
     def read_state(self) -> tuple[Tensor, State]:
         return self.n, self.state

@@ -69,6 +69,17 @@ def of_top(ranked_TE: Tensor, top_TJ: Tensor, experts_TK: Tensor, threshold: Thr
     return margins_TE.scatter_(1, experts_TK, (top_TJ[:, :topk] - next_T1).float())
 
 
+def of_map(ranked_TE: Tensor, top_TJ: Tensor, map_TE: Tensor, threshold: Threshold) -> Tensor:
+    """The same of a choice that is given as a map, bool [T, E].
+
+    Between equal scores, or where a fused kernel rounds otherwise, it may be other than the K largest of `ranked_TE`:
+    such an expert stands at zero, on the side of the choice.
+    """
+    last_T1, next_T1 = top_TJ[:, -2:-1], top_TJ[:, -1:]  # with K = E there is none outside
+    outside_TE = ((last_T1 if threshold is Threshold.OWN else next_T1) - ranked_TE).clamp(min=0).neg()
+    return torch.where(map_TE, (ranked_TE - next_T1).clamp(min=0), outside_TE).float()
+
+
 def of_groups(
     ranked_TE: Tensor, map_TE: Tensor, topk: int, num_groups: int, group_topk: int, threshold: Threshold
 ) -> Tensor:

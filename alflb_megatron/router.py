@@ -151,7 +151,7 @@ class ALFRouter(ExpertBiasRouter):
             )
             if counting:
                 self.load_counter.observe_map(map_TE, valid_T, weights_TE=probs_TE)
-                self._observe_margins(logits_TE, valid_T, bias_E, sequence)
+                self._observe_margins(logits_TE, map_TE, valid_T, bias_E, sequence)
                 self._end_pass()
             return probs_TE, map_TE
         choice = select(logits_TE, self.gate, bias_E, self._replayed_topk())
@@ -159,22 +159,24 @@ class ALFRouter(ExpertBiasRouter):
             dictated = self._is_dictated()
             self.load_counter.observe(choice.experts_TK, valid_T, ranked_TK=choice.ranked_TK, dictated=dictated)
             if not dictated:
-                self._observe_margins(logits_TE, valid_T, bias_E, sequence)
+                self._observe_margins(logits_TE, choice.map_TE, valid_T, bias_E, sequence)
             self._end_pass()
         return choice.probs_TE, choice.map_TE
 
-    def _observe_margins(self, logits_TE: Tensor, valid_T: Tensor | None, bias_E: Tensor, sequence: int) -> None:
+    def _observe_margins(
+        self, logits_TE: Tensor, map_TE: Tensor, valid_T: Tensor | None, bias_E: Tensor, sequence: int
+    ) -> None:
         """Measures the margins of every r-th position (`margins.sample_stride`), another one of them each update."""
         if not self.load_counter.wants_margins:
             return
         tokens = logits_TE.shape[0] * self.tp_dp_cp_group.size() * micro_batches()
         run = sequence // 2 if self.config.context_parallel_size > 1 else sequence  # a rank holds two, of equal length
         stride = margins.sample_stride(tokens, self.topk, self.num_experts, run)
-        logits_SBE = logits_TE.view(sequence, -1, self.num_experts)
+        logits_SBE, map_SBE = (of_TE.view(sequence, -1, self.num_experts) for of_TE in (logits_TE, map_TE))
         valid_SB = None if valid_T is None else valid_T.view(sequence, -1)
         first_X = margins.positions(sequence, stride, logits_TE.device)
         histogram_EB = self.load_counter.histogram_EB
-        _add_margins(histogram_EB, logits_SBE, valid_SB, bias_E, first_X, self.alf_n, stride, self.gate)
+        _add_margins(histogram_EB, logits_SBE, map_SBE, valid_SB, bias_E, first_X, self.alf_n, stride, self.gate)
 
     def _replayed_topk(self) -> Any:
         """The K-largest search of Megatron's router replay, None where replay is off."""

@@ -120,25 +120,24 @@ def _gate_weights(logits_TE: Tensor, scores_TE: Tensor | None, experts_TK: Tenso
 
 
 @torch.no_grad()
-def margins_of(logits_XE: Tensor, gate: Gate, bias_E: Tensor) -> Tensor:
-    """Margins of X tokens against `gate.threshold` under the bias p, float32 [X, E], from their logits alone.
+def margins_of(logits_XE: Tensor, map_XE: Tensor, gate: Gate, bias_E: Tensor) -> Tensor:
+    """Margins of X tokens against `gate.threshold`, float32 [X, E], given what was chosen under the bias p.
 
-    So it is the same beside a fused kernel, which shows no ranking, and a choice of all tokens is not burdened with a
-    search for the (K+1)-th. Between equal scores it may take others than that choice did, which moves no margin.
+    A choice of all tokens is not burdened with the search for the (K+1)-th, and a fused kernel need not show its
+    ranking.
     """
     assert gate.threshold is not None
     ranked_XE = _ranked(logits_XE, None, gate, bias_E)
     if gate.num_groups and gate.group_topk:
-        experts_XK = group_limited_topk(ranked_XE, gate.topk, gate.num_groups, gate.group_topk)[1]
-        map_XE = torch.zeros_like(ranked_XE, dtype=torch.bool).scatter_(1, experts_XK, True)
         return margins.of_groups(ranked_XE, map_XE, gate.topk, gate.num_groups, gate.group_topk, gate.threshold)
-    top_XJ, experts_XJ = torch.topk(ranked_XE, k=min(gate.topk + 1, ranked_XE.shape[1]), dim=1)
-    return margins.of_top(ranked_XE, top_XJ, experts_XJ[:, : gate.topk], gate.threshold)
+    top_XJ = torch.topk(ranked_XE, k=min(gate.topk + 1, ranked_XE.shape[1]), dim=1).values
+    return margins.of_map(ranked_XE, top_XJ, map_XE, gate.threshold)
 
 
 def add_margins(
     histogram_EB: Tensor,
     logits_SBE: Tensor,
+    map_SBE: Tensor,
     valid_SB: Tensor | None,
     bias_E: Tensor,
     first_X: Tensor,
@@ -152,9 +151,9 @@ def add_margins(
     """
     if stride > 1:
         rows_X = first_X + n % stride
-        logits_SBE = logits_SBE.index_select(0, rows_X)
+        logits_SBE, map_SBE = logits_SBE.index_select(0, rows_X), map_SBE.index_select(0, rows_X)
         valid_SB = None if valid_SB is None else valid_SB.index_select(0, rows_X)
-    margins_XE = margins_of(logits_SBE.flatten(0, 1), gate, bias_E)
+    margins_XE = margins_of(logits_SBE.flatten(0, 1), map_SBE.flatten(0, 1), gate, bias_E)
     margins.add(histogram_EB, margins_XE, None if valid_SB is None else valid_SB.flatten())
 
 

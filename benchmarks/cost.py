@@ -211,7 +211,7 @@ def measure(experts: int, tokens: int, gate: str, micro_batches: int, ranks: int
 def verdicts(rows: list[dict[str, Any]]) -> str:
     """Whether each rule's ratio is what it should reach with several micro-batches a global batch, and where not."""
     lines = []
-    rows = [row for row in rows if row["micro_batches"] > 1]
+    rows = [row for row in rows if row.get("micro_batches", 1) > 1] or rows
     for rule in OURS:
         limit = COUNTS_ALONE if rules.make(rule).threshold is None else WITH_MARGINS
         over = [row for row in rows if round(row["kinds"][rule]["ratio"], 2) > limit]
@@ -238,10 +238,10 @@ def table(results: dict[str, Any]) -> str:
             else "-"
             for kind in kinds
         ]
-        milliseconds = own["forward_backward_ms"] + own["update_ms"] / row["micro_batches"]
+        milliseconds = own["forward_backward_ms"] + own["update_ms"] / row.get("micro_batches", 1)
         lines.append(
             f"| {row['gate']} | {row['experts']} | {row['topk']} | {row['tokens']} | "
-            f"{row['micro_batches']} x {row['ranks']} | "
+            f"{row.get('micro_batches', 1)} x {row.get('ranks', 1)} | "
             f"{milliseconds:.1f} | " + " | ".join(cells) + " |"
         )
     return "\n".join([*lines, "", verdicts(results["rows"])])

@@ -24,8 +24,8 @@ import torch
 from alflb_megatron.lab.records.files import read_json, write_json
 from alflb_megatron.lab.records.versions import git_revision
 from alflb_megatron.lab.training import build
+from benchmarks import one_gpu
 from benchmarks.machine import RESULTS, describe, versioned
-from benchmarks.one_gpu import DEFAULTS
 
 MINUTES = 8.5
 RESERVE = 10.0
@@ -92,12 +92,49 @@ def what_is_there() -> dict[str, Any]:
     }
 
 
+def table(found: dict[str, Any]) -> str:
+    """What the tests said, what each kind of router launches and costs, and how fast the trainings were."""
+    there, tests_, cost, training = found["machine"], found["tests"], found["cost"], found.get("one_gpu")
+    lines = [
+        f"{there['device']}, {there['memory_gib']:.0f} GiB, CUDA {there['cuda']}, torch {there['torch']}, megatron-core "
+        f"{there['megatron-core']}, Transformer Engine {there['transformer-engine']}.",
+        "",
+        f"`tests/gpu`: {tests_['passed']} passed, {len(tests_['failed'])} failed"
+        + "".join(f"; `{name.rpartition('::')[2]}`" for name in tests_["failed"])
+        + ".",
+    ]
+    if cost["results"]:
+        lines += ["", cost_table(cost["results"]["rows"], cost["results"]["layers"])]
+    if training and training["results"]:
+        lines += ["", one_gpu.one_gpu_table(training["results"])]
+    return "\n".join(lines)
+
+
+def cost_table(rows: Sequence[dict[str, Any]], layers: int) -> str:
+    """Of one router's forward and backward pass, and of one update of all layers; ratios to Megatron-Core's."""
+    lines = [
+        "| gate | E | T | router | ratio of host time | launches | device busy, µs | update: launches | ms |",
+        "|---|---:|---:|---|---:|---:|---:|---:|---:|",
+    ]
+    for row in rows:
+        for kind, one in row["kinds"].items():
+            if "forward_backward" not in one:
+                continue
+            passes, update = one["forward_backward"], one["update"]
+            lines.append(
+                f"| {row['gate']} | {row['experts']} | {row['tokens']} | {kind} | {one['ratio_without_update']:.2f} | "
+                f"{passes['launches'] / layers:.0f} | {1e3 * passes['busy_ms'] / layers:.0f} | "
+                f"{update['launches']} | {layers * one['update_ms']:.2f} |"
+            )
+    return "\n".join(lines)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--minutes", type=float, default=MINUTES, help="for all of it (%(default)s)")
     parser.add_argument("--steps", type=int, default=20, help="global batches of each training (%(default)s)")
     parser.add_argument("--rounds", type=int, default=1, help="trainings of each rule (%(default)s)")
-    parser.add_argument("--rules", default=DEFAULTS["rules"], help="to train with (%(default)s)")
+    parser.add_argument("--rules", default=one_gpu.DEFAULTS["rules"], help="to train with (%(default)s)")
     parser.add_argument("--parts", default="tests,cost,one_gpu", help="which of them (%(default)s)")
     parser.add_argument("--quick", action="store_true", help="the cost of four shapes alone")
     parser.add_argument("--out", type=Path, help="default: benchmarks/results/gpu[-VERSION].json")

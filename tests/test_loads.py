@@ -15,7 +15,7 @@ def observe(counter: LoadCounter, logits: torch.Tensor, gate: Gate, valid: torch
     choice = select(logits, gate, bias)
     counter.observe(choice.experts_TK, valid, ranked_TK=choice.ranked_TK)
     if gate.threshold is not None:
-        counter.observe_margins(margins_of(logits, gate, bias), valid)
+        counter.observe_margins(margins_of(logits, choice.map_TE, gate, bias), valid)
 
 
 def some_logits(experts: int, tokens: int = 40) -> torch.Tensor:

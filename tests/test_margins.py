@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from alflb_megatron import margins
 from alflb_megatron.margins import BINS, SIDE, Threshold
-from alflb_megatron.routing import Gate, add_margins
+from alflb_megatron.routing import Gate, add_margins, select
 
 
 def histogram_of(values_TE: torch.Tensor, valid_T: torch.Tensor | None = None) -> torch.Tensor:
@@ -64,6 +64,7 @@ def test_margins_are_the_distance_from_what_an_expert_must_beat(threshold: Thres
             beat = own if threshold is Threshold.OWN else order[3]
             assert float(found[token, expert]) == pytest.approx(float(ranked[token, expert]) - beat, abs=1e-7)
     assert torch.equal(~torch.signbit(found), map_TE)
+    assert torch.equal(found, margins.of_map(ranked, top, map_TE, threshold))
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
@@ -83,6 +84,9 @@ def test_a_tie_stands_on_the_side_of_the_choice() -> None:
     margins_TE = margins.of_top(ranked, top, found[:, :2], Threshold.OWN)
     map_TE = torch.zeros(1, 4, dtype=torch.bool).scatter(1, found[:, :2], True)
     assert torch.equal(~torch.signbit(margins_TE), map_TE)
+    for pair in ([0, 1], [0, 2], [1, 2]):  # whichever two of the three it was
+        map_TE = torch.zeros(1, 4, dtype=torch.bool).scatter(1, torch.tensor([pair]), True)
+        assert torch.equal(~torch.signbit(margins.of_map(ranked, top, map_TE, Threshold.OWN)), map_TE)
 
 
 def test_a_move_of_one_expert_under_group_limits_changes_its_choice_where_its_margin_says() -> None:
@@ -231,12 +235,13 @@ def test_the_sample_turns_through_all_positions(batch: int, padded: bool) -> Non
     logits = torch.randn(32, batch, 12, generator=generator)  # with one sequence: packed documents
     valid = torch.rand(32, batch, generator=generator) < 0.8 if padded else None
     gate, bias = Gate(3, "sigmoid", threshold=Threshold.OWN), torch.randn(12, generator=generator) * 0.1
+    chosen = select(logits.view(-1, 12), gate, bias).map_TE.view_as(logits)
     whole, parts = (torch.zeros(12, BINS, dtype=torch.int32) for _ in range(2))
-    add_margins(whole, logits, valid, bias, torch.arange(32), torch.tensor([5]), 1, gate)
+    add_margins(whole, logits, chosen, valid, bias, torch.arange(32), torch.tensor([5]), 1, gate)
     first = margins.positions(32, 4, logits.device)
     for n in range(7, 11):
         before = parts.clone()
-        add_margins(parts, logits, valid, bias, first, torch.tensor([n]), 4, gate)
+        add_margins(parts, logits, chosen, valid, bias, first, torch.tensor([n]), 4, gate)
         held = 8 * batch if valid is None else int(valid[n % 4 :: 4].sum())
         assert torch.equal((parts - before).sum(1), torch.full((12,), held))
     assert torch.equal(parts, whole)

@@ -18,7 +18,7 @@ def _routed(experts: int, topk: int, tokens: int = 512, seed: int = 0, bias: tor
     gate, bias = Gate(topk, "sigmoid", threshold=Threshold.OWN), torch.zeros(experts) if bias is None else bias
     choice = select(logits, gate, bias)
     histogram = torch.zeros(experts, margins.BINS, dtype=torch.int32)
-    margins.add(histogram, margins_of(logits, gate, bias))
+    margins.add(histogram, margins_of(logits, choice.map_TE, gate, bias))
     return histogram[None], torch.bincount(choice.experts_TK.reshape(-1), minlength=experts)[None]
 
 

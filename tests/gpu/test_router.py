@@ -169,13 +169,14 @@ def test_compiled_margins_are_those_of_the_eager_function() -> None:
     compiled, router = torch.compile(add_margins), _ours(_config(), rule="adaptive")
     router.expert_bias.copy_(0.05 * torch.randn(EXPERTS, device="cuda"))
     logits = torch.randn(TOKENS // 4, 4, EXPERTS, device="cuda")
+    chosen = select(logits.view(TOKENS, EXPERTS), router.gate, router.expert_bias).map_TE.view_as(logits)
     valid = torch.rand(TOKENS // 4, 4, device="cuda") < 0.9
     first = margins.positions(TOKENS // 4, 4, logits.device)
     for n in (0, 3):
         found = []
         for add in (compiled, add_margins):
             histogram = torch.zeros(EXPERTS, margins.BINS, dtype=torch.int32, device="cuda")
-            add(histogram, logits, valid, router.expert_bias, first, router.alf_n + n, 4, router.gate)
+            add(histogram, logits, chosen, valid, router.expert_bias, first, router.alf_n + n, 4, router.gate)
             found.append(histogram)
         assert found[0].sum() == valid[n::4].sum() * EXPERTS
         # the compiled one may round a score's last bit otherwise, which moves a margin into the next bin
@@ -199,7 +200,7 @@ def test_counts_and_margins_are_those_of_the_cpu(threshold: margins.Threshold, l
         choice = select(logits.to(device), gate, bias.to(device))
         counter = LoadCounter(EXPERTS, device, with_margins=True)
         counter.observe(choice.experts_TK, valid.to(device), ranked_TK=choice.ranked_TK)
-        counter.observe_margins(margins_of(logits.to(device), gate, bias.to(device)), valid.to(device))
+        counter.observe_margins(margins_of(logits.to(device), choice.map_TE, gate, bias.to(device)), valid.to(device))
         found.append([part.cpu() for part in counter.local() if part is not None])
     assert all(torch.equal(mine, theirs) for mine, theirs in zip(*found, strict=True))
 

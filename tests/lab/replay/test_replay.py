@@ -118,8 +118,9 @@ def test_quantile_is_replayed_as_the_router_and_the_balancer_would() -> None:
     player = ReplayedRule(rule, 1, EXPERTS, Gating(TOPK))
     for step in scores:
         window = LoadCounter(EXPERTS, with_margins=True)
-        window.observe(select(step[0].logit(), gate, bias).experts_TK)
-        window.observe_margins(margins_of(step[0].logit(), gate, bias))
+        choice = select(step[0].logit(), gate, bias)
+        window.observe(choice.experts_TK)
+        window.observe_margins(margins_of(step[0].logit(), choice.map_TE, gate, bias))
         apart = (player.step(step)[0] - window.tokens_per_expert).abs().max()
         assert apart <= 1, "logit and sigmoid are no exact inverses"
         stats = rules.Stats(window.tokens_per_expert[None], torch.ones(1), window.histogram_EB[None])
