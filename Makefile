@@ -3,6 +3,7 @@
 #   make test         every test
 #   make test-hosts   Megatron-Bridge 0.3.1, NeMo 2.7.3 and NeMo-Run for real, on Python 3.11; `make hosts launch` sets up
 #   make test-latest  core, parity and Megatron-Bridge 0.6.2 on Python 3.12 and megatron-core 0.19.2; `make latest`
+#   make gpu          where there is a GPU: tests that need one, what a router costs, a training; PYTHON=... has megatron-core
 #   make reliability  200 kills, 20,000 updates, 10,000 damaged files, and the table of docs/reliability.md
 #   make check        style and types
 #   make docs         the pages that are generated from the code and from the results of the benchmarks
@@ -21,7 +22,7 @@ ARGS ?=
 ON_LATEST = tests/test_routing.py tests/test_margins.py tests/test_near_ties.py tests/test_loads.py tests/test_alarms.py tests/rules \
 	tests/lab/theory tests/lab/checkpoints tests/hosts tests/distributed
 
-.PHONY: demo test reliability test-hosts test-latest check docs site setup hosts launch latest clean distclean
+.PHONY: demo test gpu reliability test-hosts test-latest check docs site setup hosts launch latest clean distclean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/ready
@@ -29,6 +30,10 @@ demo: $(VENV)/ready
 
 test: $(VENV)/ready
 	$(VENV)/bin/python -m pytest $(ARGS)
+
+# Offline, with what that machine has: a virtual environment would bring another torch.
+gpu:
+	$(PYTHON) -m benchmarks.gpu $(ARGS)
 
 reliability: $(VENV)/ready
 	ALFLB_LONG=1 OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest tests/reliability tests/fuzz $(ARGS)

@@ -96,8 +96,8 @@ def table(found: dict[str, Any]) -> str:
     """What the tests said, what each kind of router launches and costs, and how fast the trainings were."""
     there, tests_, cost, training = found["machine"], found["tests"], found["cost"], found.get("one_gpu")
     lines = [
-        f"{there['device']}, {there['memory_gib']:.0f} GiB, CUDA {there['cuda']}, torch {there['torch']}, megatron-core "
-        f"{there['megatron-core']}, Transformer Engine {there['transformer-engine']}.",
+        f"{there['device']}, {there['memory_gib']:.0f} GiB; CUDA {there['cuda']}, torch {there['torch']}, megatron-"
+        f"core {there['megatron-core']}, Transformer Engine {there['transformer-engine']}.",
         "",
         f"`tests/gpu`: {tests_['passed']} passed, {len(tests_['failed'])} failed"
         + "".join(f"; `{name.rpartition('::')[2]}`" for name in tests_["failed"])
