@@ -24,6 +24,7 @@ from benchmarks import (
     gpu,
     in_training,
     one_gpu,
+    sample,
     scale,
     tried,
     upstream_quantile,
@@ -175,6 +176,13 @@ rate, which change much from one step to the next.
 {first}
 
 {others}
+
+### With margins of a sample
+
+Rules that need margins are shown those of every r-th position, and the loads of all tokens
+([design.md](design.md#what-a-rule-is-shown)). Mean over the floor / steps to twice the floor; r of the sample itself.
+
+{section("sample", sample.table)}
 
 ### Against Megatron-Core's quantile balancing
 
