@@ -212,10 +212,11 @@ that is set before the batch is seen cannot be expected below it, one that follo
 
 ## Cost
 
-Router forward and backward plus one update, as a ratio to Megatron-Core's `TopKRouter` with its own expert bias (with
-the softmax gate: without, as it refuses one there, so with no counting and no update at all). Hidden size
-{cost.HIDDEN}, {cost.LAYERS} layers, one micro-batch a global batch; in brackets forward and backward
-alone. To reach: {cost.COUNTS_ALONE} for rules that need
+Router forward and backward plus its share of one update, as a ratio to Megatron-Core's `TopKRouter` with its own expert
+bias (with the softmax gate: without, as it refuses one there, so with no counting and no update at all). Hidden size
+{cost.HIDDEN}, {cost.LAYERS} layers; a global batch of {cost.MICRO_BATCHES} micro-batches on each of {cost.RANKS} ranks,
+and below it one of a single micro-batch, where hardly any token is left out of the sample of margins; in brackets
+forward and backward alone. To reach, with {cost.MICRO_BATCHES} micro-batches: {cost.COUNTS_ALONE} for rules that need
 loads alone, {cost.WITH_MARGINS} for those that need margins.
 
 {section("cost", cost.table)}
