@@ -31,6 +31,7 @@ from alflb_megatron.lab.records.files import write_json
 from alflb_megatron.lab.records.metrics_file import read_metrics
 from alflb_megatron.lab.records.summary import maxvio_text
 from alflb_megatron.lab.records.versions import git_revision
+from alflb_megatron.lab.replay.recording import Layout
 from alflb_megatron.lab.training.launch import as_single_rank
 from alflb_megatron.lab.training.resolve import resolve
 from alflb_megatron.metrics import max_vio, sampling_floor
@@ -55,7 +56,7 @@ OURS, YARDSTICK = "adaptive, once a micro-batch", "adaptive, once a global-batch
 STEPS = {"tiny": 160}
 FIRST_SEED = 1001
 FLOOR_AT = (20, 40, 80, 160)
-FLOOR_BATCHES = 12
+FLOOR_BATCHES = 4
 SPANS = {"steps 10 to 60": (10, 60), "last quarter": (-0.25, None)}
 FIGURES = {
     "steps 10 to 60": "MaxVio, steps 10 to 60",
@@ -75,7 +76,7 @@ def options(preset: str, row: str, micro_batches: int, seed: int) -> dict[str, A
     return {"preset": preset, "row": row, "micro_batches": micro_batches, "seed": seed, "steps": STEPS[preset]}
 
 
-def _plan(one: Mapping[str, Any], out: Path) -> Any:
+def planned(one: Mapping[str, Any], out: Path) -> Any:
     job, alf = ROWS[one["row"]]
     size = resolve({"preset": one["preset"], "nproc": 1, "ep": 1, "rule": "none"}, {}, {}).job.global_batch_size
     if size % one["micro_batches"]:
@@ -98,7 +99,7 @@ def train(one: Mapping[str, Any], out: Path) -> None:
     micro: list[list[float]] = []
     floors: dict[int, float] = {}
 
-    class Run(module.TrainingRun):
+    class Run(scored_run()):  # type: ignore[misc]
         """A training that looks at every micro-batch, and now and then at the floor."""
 
         def _step(self, step: int) -> dict[str, Any]:
@@ -106,24 +107,14 @@ def train(one: Mapping[str, Any], out: Path) -> None:
                 record = super()._step(step)
             micro.append([float(max_vio(torch.stack(loads)).mean()) for loads in zip(*seen, strict=True)])
             if step in FLOOR_AT:
-                floors[step] = self._floor(step)
+                floors[step] = self._floor()
             return record
 
-        def _floor(self, step: int) -> float:
-            from alflb_megatron.lab.replay.sequence_floor import sequence_floor
-
-            routers: list[Any] = self.setup.balancer.routers
-            batches: list[list[Tensor]] = [[] for _ in routers]
-            stride = max(1, self.job.steps // FLOOR_BATCHES)
-            for other in range(FLOOR_BATCHES):
-                with self.forward_backward.evaluating(), _scores(routers, self.plan.shape.gate) as scores:
-                    self.forward_backward(self._batches(self.training, other * stride), forward_only=True)
-                for kept, layer in zip(batches, scores, strict=True):
-                    kept.append(torch.cat(layer))
-            return statistics.fmean(sequence_floor(layer, self.plan.shape.topk) for layer in batches)
+        def _floor(self) -> float:
+            return statistics.fmean(self.floors(self.fresh_scores(self.training, FLOOR_BATCHES)))
 
     module.TrainingRun = Run  # type: ignore[misc]
-    summary = module.train(_plan(one, out))
+    summary = module.train(planned(one, out))
     write_json(
         out / "within.json",
         {
@@ -138,6 +129,31 @@ def train(one: Mapping[str, Any], out: Path) -> None:
     )
 
 
+def scored_run() -> type[Any]:
+    """`TrainingRun` that can be asked what its gates give for batches that it is not trained on."""
+    from alflb_megatron.lab.training.gate_scores import gate_scores, sequence_floors
+    from alflb_megatron.lab.training.train import TrainingRun
+
+    class ScoredRun(TrainingRun):
+        def fresh_scores(self, data: Any, count: int) -> list[list[Tensor]]:
+            """Scores of `count` global batches spread over those of the run, [T, E] a micro-batch, for each router."""
+            stride = max(1, self.job.steps // count)
+            with (
+                self.forward_backward.evaluating(),
+                gate_scores(self.setup.balancer.routers, self.plan.shape.gate) as found,
+            ):
+                for other in range(count):
+                    self.forward_backward(self._batches(data, other * stride), forward_only=True)
+            return found
+
+        def floors(self, scores: list[list[Tensor]]) -> list[float]:
+            """The sequence floor of each layer for a global batch."""
+            layout = Layout(self.plan.shape.seq_length, self.job.micro_batch_size)
+            return sequence_floors(scores, self.gating, layout, self.job.global_batch_size)
+
+    return ScoredRun
+
+
 @contextmanager
 def _micro_batches(routers: Sequence[Any]) -> Iterator[list[list[Tensor]]]:
     """Loads of every training forward pass of each router; nothing is recomputed here."""
@@ -149,29 +165,6 @@ def _micro_batches(routers: Sequence[Any]) -> Iterator[list[list[Tensor]]]:
     yield seen
     for hook in hooks:
         hook.remove()
-
-
-@contextmanager
-def _scores(routers: Sequence[Any], gate: str) -> Iterator[list[list[Tensor]]]:
-    """What the gate of each router gives in every forward pass, [T, E], before the bias."""
-    activation = {"sigmoid": torch.sigmoid, "softmax": lambda x: x.softmax(-1)}[gate]
-    seen: list[list[Tensor]] = [[] for _ in routers]
-
-    def hook(router: Any, kept: list[Tensor]) -> Any:
-        plain = type(router).gating
-
-        def gating(*args: Any) -> Tensor:
-            logits = plain(router, *args)
-            kept.append(activation(logits.detach().float().reshape(-1, logits.shape[-1])))
-            return logits
-
-        return gating
-
-    for router, kept in zip(routers, seen, strict=True):
-        router.gating = hook(router, kept)
-    yield seen
-    for router in routers:
-        del router.gating
 
 
 # -- what it costs ----------------------------------------------------------------------------------------------------
@@ -265,13 +258,14 @@ def finished(out: Path, one: Mapping[str, Any]) -> dict[str, Any] | None:
     return found if found.get("run") == dict(one) else None
 
 
-def run_all(runs: Sequence[Mapping[str, Any]], out: Path, jobs: int) -> None:
+def run_all(runs: Sequence[Mapping[str, Any]], out: Path, jobs: int, module: str = "within_batch") -> None:
+    """Has each run trained by a process of that benchmark's own, but those that are finished."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
 
     def run(one: Mapping[str, Any]) -> str:
         where = folder(out, one)
         if finished(out, one) is None:
-            words = [sys.executable, "-m", "benchmarks.within_batch", "--run", json.dumps(dict(one)), "--out", str(out)]
+            words = [sys.executable, "-m", f"benchmarks.{module}", "--run", json.dumps(dict(one)), "--out", str(out)]
             logged(where.name, words, where.with_name(f"{where.name}.log"), environment)
         return where.name
 
@@ -292,7 +286,7 @@ def figures_of(found: Mapping[str, Any]) -> dict[str, float]:
 
 def collect(out: Path, preset: str, counts: Sequence[int], seeds: Sequence[int], rows: Sequence[str]) -> dict[str, Any]:
     """All figures of a preset."""
-    plan = _plan(options(preset, YARDSTICK, counts[0], seeds[0]), out)
+    plan = planned(options(preset, YARDSTICK, counts[0], seeds[0]), out)
     tokens = plan.job.global_batch_size * plan.shape.seq_length
     by_count: dict[str, Any] = {}
     revisions = set()

@@ -11,6 +11,7 @@ FIGURE_KEYS = (
     "final_loss",
     "maxvio_last50",
     "steps_to_maxvio_0.2",
+    "steps_to_2x_sequence_floor",
     "seconds_per_step",
     "tokens_per_second",
 )
@@ -22,6 +23,7 @@ SUMMARY_KEYS = (
     "maxvio_global_mean",
     "maxvio_global_max",
     "validation_loads",
+    "sequence_floor",
     "checkpoint",
     "run",
 )
@@ -65,11 +67,12 @@ def _after_warm_up(records: Sequence[Mapping[str, Any]]) -> Sequence[Mapping[str
     return records[5:] if len(records) > 10 else records
 
 
-def summarise(records: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
+def summarise(records: Iterable[Mapping[str, Any]], sequence_floor: float | None = None) -> dict[str, Any]:
     """The figures of summary.json that follow from the records of the steps, under the names in `FIGURE_KEYS`.
 
     steps: the number of the last step; final_loss: its loss; maxvio_last50: `maxvio_last(records, 50)`;
-    steps_to_maxvio_0.2: `steps_to_maxvio(records, 0.2)`; seconds_per_step: `seconds_per_step(records)`;
+    steps_to_maxvio_0.2: `steps_to_maxvio(records, 0.2)`; steps_to_2x_sequence_floor: the same with twice the floor,
+    None where it is not known; seconds_per_step: `seconds_per_step(records)`;
     tokens_per_second: the median of `tokens` over the same steps, divided by seconds_per_step.
     ValueError if there is no record, or one of them lacks what a figure is made of.
     """
@@ -86,6 +89,7 @@ def summarise(records: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
         "final_loss": records[-1]["loss"],
         "maxvio_last50": maxvio_last(records, 50),
         "steps_to_maxvio_0.2": steps_to_maxvio(records, 0.2),
+        "steps_to_2x_sequence_floor": None if sequence_floor is None else steps_to_maxvio(records, 2 * sequence_floor),
         "seconds_per_step": seconds,
         "tokens_per_second": tokens / seconds,
     }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import os
 import sys
 from collections.abc import Mapping, Sequence
@@ -15,8 +16,8 @@ from alflb_megatron.config import parse_options
 from alflb_megatron.lab.display.text import align_rows, explain_columns
 from alflb_megatron.lab.records.files import write_json
 from alflb_megatron.lab.records.summary import maxvio_text
-from alflb_megatron.lab.replay.recording import FLAG
-from alflb_megatron.lab.replay.replay import DEFAULT_RULES, WARM_UP, replay, resolve_gating
+from alflb_megatron.lab.replay.recording import FLAG, Layout
+from alflb_megatron.lab.replay.replay import DEFAULT_RULES, STEPS_TO, WARM_UP, replay, resolve_gating
 from alflb_megatron.lab.replay.scores import open_scores
 from alflb_megatron.rules import Rule
 from alflb_megatron.settings import SettingError, add_flags, check, given_flags, knob
@@ -32,6 +33,9 @@ class ReplaySettings:
         metavar="RULE,...",
     )
     topk: int | None = knob(None, "experts a token; none takes the recording's", minimum=1)
+    sequence_length: int | None = knob(
+        None, "tokens of a sequence, one sequence after another; none takes the recording's", minimum=1
+    )
     hindsight: bool = knob(True, "show the best bias for each very batch too, which takes the most time")
     centring: bool = knob(True, "keep the biases of a layer at mean zero, as in training")
     json: str = knob("", "write the figures to this file", metavar="OUT")
@@ -65,6 +69,7 @@ def parse_rules(text: str) -> dict[str, Rule]:
 COLUMNS = {
     "rule": None,
     "steps to 2x": "steps_to_2x_floor",
+    "to 2x sequences'": "steps_to_2x_sequence_floor",
     "mean": "mean_over_floor",
     "tail": "tail_over_floor",
     "worst": "worst_over_floor",
@@ -74,6 +79,7 @@ COLUMNS = {
 MEANINGS = {
     "rule": "hindsight: the best bias for each batch, made from that very batch; no rule can know it before.",
     "steps to 2x": "updates until MaxVio is at most twice the floor in every layer.",
+    "to 2x sequences'": "the same with the sequence floor, which is that of whole sequences under the best bias.",
     "mean": "MaxVio / floor, mean over steps 10 and later and over the layers; 1 is what even, independent draws give.",
     "tail": "the same over the last quarter of the steps.",
     "worst": "MaxVio / floor of the worst step from step 10 on, mean over the layers.",
@@ -92,7 +98,9 @@ def format_table(result: Mapping[str, Any]) -> str:
         row = [label]
         for key in list(COLUMNS.values())[1:]:
             value = figures.get(key, "-") if key else None
-            if key == "steps_to_2x_floor" and value is None:
+            if key == "steps_to_2x_sequence_floor" and result["sequence_floor"] is None:
+                value = "-"
+            if key in STEPS_TO and value is None:
                 value = f"never in {result['steps']}"
             row.append(value if isinstance(value, str) else "-" if value is None else _digits(str(key), value))
         rows.append(row)
@@ -101,13 +109,15 @@ def format_table(result: Mapping[str, Any]) -> str:
         f"{result['steps']} steps, {layers} layer{'s' * (layers > 1)}, {result['tokens']:,.0f} tokens a step, "
         f"top-{result['topk']} of {result['experts']} experts; sampling floor of MaxVio {maxvio_text(result['floor'])}"
     )
+    if result["sequence_floor"] is not None:
+        about += f", sequence floor {maxvio_text(result['sequence_floor'])}"
     if result["steps"] <= WARM_UP:
         about += f"\nfewer than {WARM_UP + 1} steps: there is no mean over steps {WARM_UP} and later"
     return "\n".join([about, "", *align_rows(rows), "", *explain_columns(MEANINGS)])
 
 
 def _digits(key: str, value: float) -> str:
-    digits = {"steps_to_2x_floor": 0, "affinity_kept": 4, "update_ms": 3}.get(key, 2)
+    digits = {**dict.fromkeys(STEPS_TO, 0), "affinity_kept": 4, "update_ms": 3}.get(key, 2)
     return f"{value:.{digits}f}"
 
 
@@ -141,6 +151,8 @@ def run(arguments: argparse.Namespace, words: Sequence[str] = ()) -> int:
     _check_out("--json", settings.json)
     _check_out("--plot", settings.plot)
     recording = open_scores(arguments.scores)
+    if settings.sequence_length is not None:
+        recording = dataclasses.replace(recording, layout=Layout(settings.sequence_length))
     topk = resolve_gating(recording, settings.topk).topk
     if settings.plot and topk == recording.experts:
         raise SettingError("--plot", settings.plot, f"shows nothing where every token takes all {topk} experts")

@@ -48,6 +48,9 @@ def replay_figure(result: Mapping[str, Any]) -> Figure:
         positive_S = np.where(smooth_S > 0, smooth_S, np.nan)
         axes.plot(steps_S, positive_S, color=colour, linewidth=width, label=label, marker=marker)
     axes.axhline(1.0, color="black", linestyle=(0, (5, 3)), linewidth=1.2, label="sampling floor (uniform draws)")
+    if result["sequence_floor"] is not None:
+        ratio, own = result["sequence_floor"] / floor, (0, (1, 2))
+        axes.axhline(ratio, color="black", linestyle=own, linewidth=1.2, label="sequence floor")
     log_y_axis(axes)
     axes.set_xlim(0, max(1, len(steps_S) - 1))
     axes.set_xlabel("updates made" + f"   (thin: every step; thick: mean of the last {window})" * (window > 1))

@@ -35,12 +35,41 @@ class Gating:
 
 
 @dataclass(frozen=True)
+class Layout:
+    """Where the tokens of one sequence are: micro-batch after micro-batch, in each position after position."""
+
+    sequence_length: int
+    micro_batch_size: int = 1
+
+    def as_metadata(self) -> dict[str, str]:
+        return {name: str(value) for name, value in dataclasses.asdict(self).items()}
+
+    @staticmethod
+    def from_metadata(texts: Mapping[str, str]) -> Layout | None:
+        """None where it is not written; ValueError where a number is none or below 1."""
+        if "sequence_length" not in texts:
+            return None
+        found = Layout(int(texts["sequence_length"]), int(texts.get("micro_batch_size", "1")))
+        if min(found.sequence_length, found.micro_batch_size) < 1:
+            raise ValueError(f"sequence_length and micro_batch_size must be at least 1: {found}")
+        return found
+
+    def sequences(self, scores_TE: Tensor) -> Tensor | None:
+        """The tokens of each sequence, [N, sequence_length, E]; None where T is no whole number of micro-batches."""
+        length, size, experts = self.sequence_length, self.micro_batch_size, scores_TE.shape[-1]
+        if scores_TE.shape[0] % (length * size):
+            return None
+        return scores_TE.reshape(-1, length, size, experts).transpose(1, 2).reshape(-1, length, experts)
+
+
+@dataclass(frozen=True)
 class Recording:
     """Scores of several layers over several steps; to go through it is to read it, one step at a time.
 
     layers: their numbers; 0, 1, ... in a single file, Megatron's (from 1) in a run folder. experts: E. steps: how many.
     read: gives the scores of each step, float32 [layers, tokens, E]; the number of tokens may change from step to step.
-    first_step: the number of the first step in messages. name: of the file or folder.
+    first_step: the number of the first step in messages. name: of the file or folder. layout: where the tokens of one
+    sequence are, None where that is not known.
     """
 
     layers: tuple[int, ...]
@@ -50,6 +79,7 @@ class Recording:
     gating: Gating = Gating()
     name: str = "recording"
     first_step: int = 0
+    layout: Layout | None = None
 
     @property
     def topk(self) -> int | None:

@@ -5,9 +5,12 @@ returns, and `alflb replay --json` writes:
 
     {"steps": int, "layers": [int], "tokens": mean of a step, "topk": int, "experts": int,
      "floor": expected MaxVio if every token drew topk distinct experts uniformly (`sampling_floor_at_any_size`),
+     "sequence_floor": that of whole sequences under the best bias (`sequence_floor`), mean over the layers and over at
+                       most FLOOR_STEPS of steps 10 and later; null where the recording does not tell its sequences,
      "rules": {LABEL: {
         "steps_to_2x_floor": first step, from 0, whose MaxVio is at most twice the floor: so many updates it took;
                              the slowest layer's, null if one never gets there,
+        "steps_to_2x_sequence_floor": the same with the sequence floor; null also where there is none,
         "mean_over_floor":   mean MaxVio over steps 10 and later / floor; "maxvio_mean" is the same undivided,
         "tail_over_floor":   the same over the last quarter of the steps; "maxvio_tail",
         "worst_over_floor":  the largest MaxVio of steps 10 and later / floor; "maxvio_worst",
@@ -15,7 +18,7 @@ returns, and `alflb replay --json` writes:
         "update_ms":         median milliseconds of one layer's update: measuring margins, and the rule's step,
         "maxvio":            [MaxVio of each step, mean over the layers],
         "per_layer":         [{"layer": int, and all of the above but update_ms and maxvio}]}},
-     "hindsight": {the same keys without steps_to_2x_floor and update_ms, and "sweeps": mean number a step} or null}
+     "hindsight": {the same keys without steps_to_... and update_ms, and "sweeps": mean number a step} or null}
 
 Figures of a rule are means over its layers but where another is said. With fewer than 11 steps those that need step 10
 are null; so are ratios where the floor is 0 (topk = experts). "hindsight" is what the best bias for each very batch
@@ -42,6 +45,7 @@ from alflb_megatron.lab.replay.replayed_rules import (
     choose_experts,
     topk_of,
 )
+from alflb_megatron.lab.replay.sequence_floor import sequence_floor
 from alflb_megatron.rules import Rule
 from alflb_megatron.settings import SettingError
 
@@ -49,6 +53,11 @@ DEFAULT_RULES = ("sign", "quantile", "adaptive")
 
 WARM_UP = 10
 """Steps that the means leave out."""
+FLOOR_STEPS = 8
+"""Steps that the sequence floor is taken at, evenly over those that the means are of."""
+
+
+STEPS_TO = ("steps_to_2x_floor", "steps_to_2x_sequence_floor")
 
 
 @functools.cache
@@ -114,6 +123,8 @@ def replay(
     vio = {label: np.empty((steps, layers)) for label in replayed}
     kept = {label: np.empty((steps, layers)) for label in replayed}
     most_SL, tokens_S = np.empty((steps, layers)), np.empty(steps)
+    floor_at = set(np.linspace(min(WARM_UP, steps - 1), steps - 1, FLOOR_STEPS).astype(int).tolist())
+    sequence_floors: list[float] = []
     done = 0
     for step, scores_LTE in enumerate(recording):
         tokens_S[step] = scores_LTE.shape[1]
@@ -121,29 +132,40 @@ def replay(
         for label, one in replayed.items():
             loads_LE, kept[label][step] = one.step(scores_LTE)
             vio[label][step] = metrics.max_vio(loads_LE).numpy()
+        if step in floor_at and recording.layout is not None:
+            for scores_TE in scores_LTE:
+                sequences_NTE = recording.layout.sequences(scores_TE)
+                if sequences_NTE is None:
+                    length, tokens = recording.layout.sequence_length, scores_TE.shape[0]
+                    raise SettingError("--sequence-length", length, f"must divide the {tokens} tokens of step {step}")
+                if len(sequences_NTE) > 1:
+                    sequence_floors.append(sequence_floor(sequences_NTE, gating))
         done = step + 1
         if progress is not None:
             progress(done)
     if done != steps:
         raise SettingError(FLAG, recording.name, f"holds {done} steps, not the {steps} it announces")
-    tokens = float(tokens_S.mean())
-    floor = sampling_floor_at_any_size(round(tokens), topk_of(gating), experts)
-    found = {label: _figures(recording.layers, vio[label], kept[label], most_SL, floor) for label in replayed}
+    mean_tokens = float(tokens_S.mean())
+    floor = sampling_floor_at_any_size(round(mean_tokens), topk_of(gating), experts)
+    whole = statistics.fmean(sequence_floors) if sequence_floors else None
+    found = {label: _figures(recording.layers, vio[label], kept[label], most_SL, floor, whole) for label in replayed}
     by_rule: dict[str, Any] = {}
     for label, one in replayed.items():
         if not isinstance(one, HindsightBias):
             by_rule[label] = {**found[label], "update_ms": 1e3 * statistics.median(one.seconds)}
     result: dict[str, Any] = {
         "floor": floor,
+        "sequence_floor": whole,
         "topk": topk_of(gating),
         "experts": experts,
-        "tokens": tokens,
+        "tokens": mean_tokens,
         "steps": steps,
     }
     result |= {"layers": list(recording.layers), "rules": by_rule, "hindsight": None}
     if isinstance(last := replayed.get(""), HindsightBias):
         for row in (found[""], *found[""]["per_layer"]):
-            del row["steps_to_2x_floor"]  # nothing is learnt from step to step
+            for name in STEPS_TO:
+                del row[name]  # nothing is learnt from step to step
         result["hindsight"] = {**found[""], "sweeps": statistics.fmean(last.sweeps)}
     return result
 
@@ -154,13 +176,16 @@ def _figures(
     kept_SL: NDArray[np.float64],
     most_SL: NDArray[np.float64],
     floor: float,
+    whole: float | None,
 ) -> dict[str, Any]:
     per_layer = []
     for column, layer in enumerate(layers):
         vio_S, kept_S, most_S = vio_SL[:, column], kept_SL[WARM_UP:, column], most_SL[WARM_UP:, column]
         later_S, tail_S = vio_S[WARM_UP:], vio_S[-max(1, len(vio_S) // 4) :]
-        there_S = np.flatnonzero(vio_S <= 2 * floor)
-        row: dict[str, Any] = {"layer": layer, "steps_to_2x_floor": int(there_S[0]) if len(there_S) else None}
+        row: dict[str, Any] = {"layer": layer}
+        for name, level in zip(STEPS_TO, (floor, whole), strict=True):
+            there_S = np.flatnonzero(vio_S <= 2 * (-1 if level is None else level))
+            row[name] = int(there_S[0]) if len(there_S) else None
         plain = {
             "mean": float(later_S.mean()) if len(later_S) else None,
             "tail": float(tail_S.mean()),
@@ -174,6 +199,6 @@ def _figures(
     for name in per_layer[0]:
         values = [row[name] for row in per_layer]
         if name != "layer":
-            over = max if name == "steps_to_2x_floor" else statistics.fmean
+            over = max if name in STEPS_TO else statistics.fmean
             all_layers[name] = None if None in values else over(values)
     return {**all_layers, "maxvio": vio_SL.mean(axis=1).tolist(), "per_layer": per_layer}

@@ -1,7 +1,8 @@
 """The recording in a run folder: one file a step and rank, as `score_recorder.py` writes it.
 
 RUN/scores/step_00000012.rank_00003.safetensors holds `layer_7`, float32 [tokens of that rank, experts], for each MoE
-layer of that rank, and as metadata the keys of `Gating`, `step`, `ranks` (how many files a step has) and `format`.
+layer of that rank, and as metadata the keys of `Gating`, those of `Layout` where a rank has whole sequences, `step`,
+`ranks` (how many files a step has) and `format`.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from alflb_megatron.lab.replay.recording import FLAG, Gating, Recording, check_gating
+from alflb_megatron.lab.replay.recording import FLAG, Gating, Layout, Recording, check_gating
 from alflb_megatron.lab.replay.score_files import safetensors_file
 from alflb_megatron.settings import SettingError
 
@@ -49,15 +50,17 @@ def _layers(path: Path) -> tuple[dict[int, tuple[int, int]], dict[str, str]]:
     return shapes, about
 
 
-def _check_step(folder: Path, step: int, files: Mapping[int, Path]) -> tuple[tuple[int, ...], int, Gating]:
-    """Layers, experts and gating of one step; SettingError where a rank is missing or the layers do not fit."""
+def _check_step(
+    folder: Path, step: int, files: Mapping[int, Path]
+) -> tuple[tuple[int, ...], int, Gating, Layout | None]:
+    """Layers, experts, gating and layout of one step; SettingError where a rank is missing or the layers do not fit."""
     tokens: dict[int, int] = {}
     widths: dict[int, int] = {}
-    gatings, ranks = [], 0
+    how, ranks = [], 0
     for path in files.values():
         shapes, about = _layers(path)
         try:
-            gatings.append(Gating.from_metadata(about))
+            how.append((Gating.from_metadata(about), Layout.from_metadata(about)))
             ranks = int(about["ranks"])
         except (KeyError, ValueError) as error:
             raise SettingError(FLAG, path, f"has metadata that cannot be read ({error})") from None
@@ -75,9 +78,9 @@ def _check_step(folder: Path, step: int, files: Mapping[int, Path]) -> tuple[tup
     if len(set(tokens.values())) > 1:
         text = ", ".join(f"layer {layer}: {some}" for layer, some in sorted(tokens.items()))
         raise SettingError(FLAG, folder, f"the layers of step {step} hold different numbers of tokens ({text})")
-    if len(files) != ranks or len(set(gatings)) > 1:
+    if len(files) != ranks or len(set(how)) > 1:
         raise SettingError(FLAG, folder, f"the files of step {step} are of different runs")
-    return tuple(sorted(widths)), next(iter(widths.values())), gatings[0]
+    return tuple(sorted(widths)), next(iter(widths.values())), *how[0]
 
 
 def open_score_folder(folder: Path) -> Recording:
@@ -88,10 +91,12 @@ def open_score_folder(folder: Path) -> Recording:
     first, last = min(files), max(files)
     if (missing := next((step for step in range(first, last) if step not in files), None)) is not None:
         raise SettingError(FLAG, folder, f"step {missing} is missing between step {first} and step {last}")
-    layers, experts, gating = _check_step(folder, first, files[first])
+    layers, experts, gating, layout = _check_step(folder, first, files[first])
     for step in range(first + 1, last + 1):
-        if _check_step(folder, step, files[step]) != (layers, experts, gating):
-            raise SettingError(FLAG, folder, f"step {step} has other layers, experts or gating than step {first}")
+        if _check_step(folder, step, files[step]) != (layers, experts, gating, layout):
+            raise SettingError(
+                FLAG, folder, f"step {step} has other layers, experts, gating or sequences than step {first}"
+            )
     check_gating(folder, gating, experts)
 
     def read() -> Iterator[Tensor]:
@@ -103,7 +108,7 @@ def open_score_folder(folder: Path) -> Recording:
                         rows[int(name[6:])].append(file.get_tensor(name))
             yield torch.stack([torch.cat(parts) for parts in rows.values()])
 
-    return Recording(layers, experts, last - first + 1, read, gating, str(folder), first)
+    return Recording(layers, experts, last - first + 1, read, gating, str(folder), first, layout)
 
 
 def remove_recorded_scores(folder: str | os.PathLike[str], after: int = 0) -> None:

@@ -12,7 +12,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from alflb_megatron.lab.records.files import write_atomically
-from alflb_megatron.lab.replay.recording import Gating
+from alflb_megatron.lab.replay.recording import Gating, Layout
 from alflb_megatron.lab.replay.score_folder import FILE, FOLDER, FORMAT
 
 
@@ -26,6 +26,7 @@ class ScoreRecorder:
         rank: this rank.
         ranks: how many there are.
         steps: how many global batches to write.
+        layout: of the tokens that this rank routes; None where it has parts of sequences.
 
     A step's scores are held in memory (on the CPU) until `write`; after the last one the hooks are off.
     """
@@ -38,9 +39,11 @@ class ScoreRecorder:
         rank: int = 0,
         ranks: int = 1,
         steps: int = 1,
+        layout: Layout | None = None,
     ) -> None:
         self.folder = Path(folder) / FOLDER
-        self.gating, self.rank, self.ranks, self.left = gating, rank, ranks, steps
+        self.rank, self.ranks, self.left = rank, ranks, steps
+        self.about = {**gating.as_metadata(), **({} if layout is None else layout.as_metadata())}
         self.routers = dict(routers)
         self._seen: dict[int, list[Tensor]] = {layer: [] for layer in self.routers}
         self._hooks = {layer: self._hook(layer) for layer in self.routers}
@@ -59,7 +62,7 @@ class ScoreRecorder:
             return
         self.folder.mkdir(parents=True, exist_ok=True)
         path = self.folder / FILE.format(step=step, rank=self.rank)
-        about = {"format": FORMAT, "step": str(step), "ranks": str(self.ranks), **self.gating.as_metadata()}
+        about = {"format": FORMAT, "step": str(step), "ranks": str(self.ranks), **self.about}
         tensors = {f"layer_{layer}": torch.cat(parts) for layer, parts in self._seen.items() if parts}
         write_atomically(path, [save(tensors, metadata=about)])
         for parts in self._seen.values():

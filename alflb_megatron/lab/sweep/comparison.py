@@ -50,6 +50,7 @@ class _FinishedRun:
     global_maxvio: float
     tokens: int
     shapes: tuple[tuple[int, int, int], ...]  # (tokens, topk, experts) of each MoE layer in a training step
+    sequence_floor: float | None
 
     def floor(self) -> float:
         """The sampling floor, mean over the layers."""
@@ -96,6 +97,7 @@ def load_run(path: Path) -> _FinishedRun:
         global_maxvio=summary["maxvio_global_mean"],
         tokens=last["tokens"],
         shapes=tuple(shapes),
+        sequence_floor=summary.get("sequence_floor"),
     )
 
 
@@ -125,9 +127,11 @@ def _draw_lines(axes: Axes, runs: Mapping[str, _FinishedRun]) -> None:
             run.steps_N, trailing_mean(run.maxvio_N, window), color=colour, linewidth=2.2, label=label, marker=marker
         )
     floors = sorted({run.floor() for run in runs.values()})
-    for i, floor in enumerate(floors):
-        name = "sampling floor (uniform draws)" if i == 0 else None
-        axes.axhline(floor, color="black", linestyle=(0, (5, 3)), linewidth=1.2, label=name)
+    drawn = [(floor, "" if i else "sampling floor (uniform draws)", (5, 3)) for i, floor in enumerate(floors)]
+    of_last = list(runs.values())[-1].sequence_floor
+    drawn += [(of_last, "sequence floor (best bias set beforehand)", (1, 2))] if of_last else []
+    for floor, name, dashes in drawn:
+        axes.axhline(floor, color="black", linestyle=(0, dashes), linewidth=1.2, label=name or None)
         axes.annotate(
             maxvio_text(floor), (1, floor), xycoords=("axes fraction", "data"), xytext=(5, 0),
             textcoords="offset points", va="center", fontsize=9,
@@ -137,7 +141,7 @@ def _draw_lines(axes: Axes, runs: Mapping[str, _FinishedRun]) -> None:
     axes.set_xlabel(f"training step   (thin: every global batch; thick: mean of the last {window} steps)")
     axes.set_ylabel("MaxVio, mean over the MoE layers\n(largest load - mean) / mean")
     style_axes(axes)
-    columns = min(4, len(runs) + 1)
+    columns = min(4 if len(drawn) == 1 else 3, len(runs) + 1)
     # Above the axes, where it can hide no line.
     axes.legend(frameon=False, loc="lower left", bbox_to_anchor=(0, 1), ncols=columns, borderpad=0, fontsize=10)
 
@@ -191,7 +195,8 @@ def plot_comparison(runs: Mapping[str, Path], out: Path) -> Path:
     """Draws the runs (label -> run folder, in the order to be shown) into the PNG file `out`, and returns `out`.
 
     Top: MaxVio, mean over the MoE layers, of every step's global batch on a log axis, raw and smoothed, with the
-    sampling floor (`sampling_floor`) of the runs' sizes. Bottom: the validation loads of every expert and MoE
-    layer, divided by the layer's mean, one heat map a run on a shared scale. The title describes the first run.
+    sampling floor (`sampling_floor`) of the runs' sizes and the sequence floor of the last one. Bottom: the
+    validation loads of every expert and MoE layer, divided by the layer's mean, one heat map a run on a shared
+    scale. The title describes the first run.
     """
     return save_png(comparison_figure(runs), Path(out))

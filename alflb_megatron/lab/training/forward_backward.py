@@ -5,16 +5,29 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
+from alflb_megatron.lab.replay.recording import Gating, Layout
 from alflb_megatron.lab.training.build import ModelSetup
+from alflb_megatron.lab.training.gate_scores import gate_scores, sequence_floors
 from alflb_megatron.lab.training.job import Plan
 from alflb_megatron.loads import LoadAllReduce, counting_all_passes
+
+FLOOR_BATCHES, FLOOR_TOKENS = 4, 2**15
+"""What the sequence floor is made of: so many global batches at most, and so many tokens of this rank at most."""
+
+
+class Validation(NamedTuple):
+    """What was seen of the validation set, of the MoE layers of this pipeline stage."""
+
+    loss: float
+    loads: list[tuple[int, list[int]]]  # layer number, loads over the whole set
+    sequence_floors: list[float]  # on the first rank, where it routes whole sequences
 
 
 class ForwardBackward:
@@ -73,12 +86,24 @@ class ForwardBackward:
         for chunk in self.setup.chunks:
             chunk.train()
 
-    def validate(self, batches: Iterable[Iterable[Any]]) -> tuple[float, list[tuple[int, list[int]]]]:
-        """Mean loss over the global batches; layer number and loads over all of them, of this stage's MoE layers."""
-        balancer = self.setup.balancer
+    def validate(self, batches: Iterable[Iterable[Any]]) -> Validation:
+        """Over the global batches: the loss, and of this stage's MoE layers the loads and the sequence floor."""
+        balancer, job, shape = self.setup.balancer, self.plan.job, self.plan.shape
         counters = [router.load_counter for router in balancer.routers]
-        with self.evaluating(), counting_all_passes(counters):
+        # Ranks of a stage see sequences of the same kind: the first one's are enough. With tp it has parts of them.
+        tokens = min(FLOOR_TOKENS, FLOOR_BATCHES * job.global_batch_size // job.dp * shape.seq_length)
+        most = tokens if job.tp == 1 and dist.get_rank(balancer.group) == 0 else 0
+        with (
+            self.evaluating(),
+            counting_all_passes(counters),
+            gate_scores(balancer.routers, shape.gate, most) as scores,
+        ):
             losses = [self(batch, forward_only=True) for batch in batches]
             sums = LoadAllReduce(counters, balancer.group, with_margins=False).wait() if counters else []
-        rows = [(layer, loads.loads_E.tolist()) for layer, loads in zip(balancer.layers, sums, strict=True)]
-        return math.fsum(losses) / len(losses), rows
+        gating = Gating(shape.topk, shape.gate, shape.num_groups, shape.group_topk)
+        layout = Layout(shape.seq_length, job.micro_batch_size)
+        return Validation(
+            math.fsum(losses) / len(losses),
+            [(layer, loads.loads_E.tolist()) for layer, loads in zip(balancer.layers, sums, strict=True)],
+            sequence_floors(scores, gating, layout, job.global_batch_size),
+        )

@@ -66,12 +66,17 @@ def gather_over_stages(rows: list[Any], group: dist.ProcessGroup) -> list[Any]:
     return [row for stage in everywhere for row in stage]
 
 
-def validation_metrics(loss: float, loads: Sequence[Sequence[int]]) -> dict[str, Any]:
-    """What summary.json says of the validation set: its loss, and MaxVio of each MoE layer's loads over all of it."""
+def validation_metrics(
+    loss: float, loads: Sequence[Sequence[int]], sequence_floors: Sequence[float] = ()
+) -> dict[str, Any]:
+    """What summary.json says of the validation set: its loss, MaxVio of each MoE layer's loads over all of it, and the
+    sequence floor of a global batch, mean over the layers, None where there is none.
+    """
     vio = metrics.max_vio(torch.tensor(loads))
     return {
         "validation_loss": loss,
         "maxvio_global_mean": float(vio.mean()),
         "maxvio_global_max": float(vio.max()),
         "validation_loads": [list(row) for row in loads],
+        "sequence_floor": math.fsum(sequence_floors) / len(sequence_floors) if sequence_floors else None,
     }

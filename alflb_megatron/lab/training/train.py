@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from alflb_megatron import metrics
 from alflb_megatron.hosts import cpu
 from alflb_megatron.lab.records.run_folder import RunFolder
 from alflb_megatron.lab.records.summary import summarise
-from alflb_megatron.lab.replay.recording import Gating
+from alflb_megatron.lab.replay.recording import Gating, Layout
 from alflb_megatron.lab.replay.score_folder import remove_recorded_scores
 from alflb_megatron.lab.replay.score_recorder import ScoreRecorder
 from alflb_megatron.lab.tools.bias import initial_biases
@@ -76,6 +76,7 @@ class TrainingRun:
 
         job, shape = plan.job, plan.shape
         self.plan, self.job, self.build, self.checkpoint = plan, job, build, checkpoint
+        self.gating = Gating(shape.topk, shape.gate, shape.num_groups, shape.group_topk)
         self.rank_0 = dist.get_rank() == 0
         self.dp_rank = parallel_state.get_data_parallel_rank()
         self.first_of_stage = self.dp_rank == 0 and parallel_state.get_tensor_model_parallel_rank() == 0
@@ -160,8 +161,8 @@ class TrainingRun:
             if self.job.warm_start and self.resumed is None:
                 self._warm_start(progress)
             saved = self._train(progress)
-            loss, loads = self.validate()
-        return self._summary(loss, loads, saved)
+            validation = self.validate()
+        return self._summary(validation, saved)
 
     # -- training ---------------------------------------------------------------------------------------------------
 
@@ -199,14 +200,15 @@ class TrainingRun:
         return saved
 
     def _score_recorder(self) -> ScoreRecorder:
-        shape, balancer = self.plan.shape, self.setup.balancer
+        balancer = self.setup.balancer
         return ScoreRecorder(
             self.folder,
             dict(zip(balancer.layers, balancer.routers, strict=True)),
-            Gating(shape.topk, shape.gate, shape.num_groups, shape.group_topk),
+            self.gating,
             rank=dist.get_rank(),
             ranks=dist.get_world_size(),
             steps=min(self.job.record_scores, self.job.steps - self.start),
+            layout=None if self.job.tp > 1 else Layout(self.plan.shape.seq_length, self.job.micro_batch_size),
         )
 
     def _certificate_sampler(self) -> Any:
@@ -272,19 +274,20 @@ class TrainingRun:
     def _over_stages(self, rows: list[Any]) -> list[Any]:
         return gather_over_stages(rows, self.pp_group)
 
-    def validate(self) -> tuple[float, list[list[int]]]:
-        """Loss over the validation set, and the loads of each MoE layer over the whole of it (Wang et al. 2024)."""
+    def validate(self) -> dict[str, Any]:
+        """The figures of the validation set: loss, loads of each MoE layer (Wang et al. 2024), the sequence floor."""
         batches = (self._batches(self.validation, step) for step in range(self.validation_batches))
-        loss, rows = self.forward_backward.validate(batches)
-        return loss, [loads for _, loads in sorted(self._over_stages(rows))]
+        of_stage = self.forward_backward.validate(batches)
+        loads = [loads for _, loads in sorted(self._over_stages(of_stage.loads))]
+        return validation_metrics(of_stage.loss, loads, self._over_stages(of_stage.sequence_floors))
 
-    def _summary(self, loss: float, loads: Sequence[Sequence[int]], saved: Path | None) -> dict[str, Any]:
+    def _summary(self, validation: dict[str, Any], saved: Path | None) -> dict[str, Any]:
         if self.run_folder is None:
             return {}
         summary = {
             "rule": self.job.rule,
-            **summarise(self.run_folder.records()),
-            **validation_metrics(loss, loads),
+            **summarise(self.run_folder.records(), validation["sequence_floor"]),
+            **validation,
             **({} if self.regret is None else {"regret": self.regret}),
             "checkpoint": None if saved is None else str(saved),
             "run": str(self.folder),

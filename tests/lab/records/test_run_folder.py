@@ -41,6 +41,7 @@ def whole_summary(**changes):
     return {
         "rule": "sign", "steps": 3, "validation_loss": 2.4, "maxvio_global_mean": 0.1, "maxvio_global_max": 0.2,
         "validation_loads": [[1, 3], [2, 2]], "maxvio_last50": 0.3, "steps_to_maxvio_0.2": None,
+        "sequence_floor": None, "steps_to_2x_sequence_floor": None,
         "seconds_per_step": 0.5, "tokens_per_second": 16.0, "final_loss": 2.5, "checkpoint": None, "run": "runs/x",
     } | changes  # fmt: skip
 
@@ -300,10 +301,13 @@ def test_summarise():
         "final_loss": 2.0,
         "maxvio_last50": pytest.approx((3 * 1.0 + 5 * 0.1) / 8),
         "steps_to_maxvio_0.2": 4,
+        "steps_to_2x_sequence_floor": None,
         "seconds_per_step": 0.25,
         "tokens_per_second": 32.0,
     }
     assert tuple(summarise(records)) == FIGURE_KEYS
+    assert summarise(records, 0.05)["steps_to_2x_sequence_floor"] == 4
+    assert summarise(records, 0.04)["steps_to_2x_sequence_floor"] is None
     with pytest.raises(ValueError, match="without a step"):
         summarise([])
 

@@ -17,8 +17,8 @@ from alflb_megatron import metrics, rules
 from alflb_megatron.lab import cli
 from alflb_megatron.lab.records import metrics_file
 from alflb_megatron.lab.replay.command import ReplaySettings, format_table, parse_rules
-from alflb_megatron.lab.replay.recording import Gating, Recording
-from alflb_megatron.lab.replay.replay import replay, sampling_floor_at_any_size
+from alflb_megatron.lab.replay.recording import Gating, Layout, Recording
+from alflb_megatron.lab.replay.replay import STEPS_TO, replay, sampling_floor_at_any_size
 from alflb_megatron.lab.replay.replayed_rules import HindsightBias, ReplayedRule, choose_experts
 from alflb_megatron.lab.replay.scores import open_scores
 from alflb_megatron.lab.training.resolve import resolve, resolve_resumed
@@ -29,7 +29,7 @@ from tests.distributed import ranks
 
 STEPS, LAYERS, TOKENS, EXPERTS, TOPK = 24, 2, 200, 8, 2
 FIGURES = {
-    "steps_to_2x_floor", "mean_over_floor", "tail_over_floor", "worst_over_floor",
+    "steps_to_2x_floor", "steps_to_2x_sequence_floor", "mean_over_floor", "tail_over_floor", "worst_over_floor",
     "maxvio_mean", "maxvio_tail", "maxvio_worst", "affinity_kept",
 }  # fmt: skip
 
@@ -131,7 +131,7 @@ def test_quantile_is_replayed_as_the_router_and_the_balancer_would() -> None:
 
 def test_keys_are_as_documented() -> None:
     result = replay(recording(stream()))
-    top = {"floor", "topk", "experts", "tokens", "steps", "layers", "rules", "hindsight"}
+    top = {"floor", "sequence_floor", "topk", "experts", "tokens", "steps", "layers", "rules", "hindsight"}
     assert set(result) == top
     assert (result["topk"], result["experts"], result["tokens"], result["steps"]) == (TOPK, EXPERTS, TOKENS, STEPS)
     assert result["layers"] == [1, 2] and list(result["rules"]) == ["sign", "quantile", "adaptive"]
@@ -139,7 +139,8 @@ def test_keys_are_as_documented() -> None:
         assert set(figures) == FIGURES | {"update_ms", "maxvio", "per_layer"}
         assert len(figures["maxvio"]) == STEPS and figures["update_ms"] > 0
         assert [set(row) for row in figures["per_layer"]] == [FIGURES | {"layer"}] * LAYERS
-    later = FIGURES - {"steps_to_2x_floor"}
+    later = FIGURES - set(STEPS_TO)
+    assert result["sequence_floor"] is None
     assert set(result["hindsight"]) == later | {"sweeps", "maxvio", "per_layer"}
     assert [set(row) for row in result["hindsight"]["per_layer"]] == [later | {"layer"}] * LAYERS
     assert replay(recording(stream(12)), hindsight=False)["hindsight"] is None
@@ -156,7 +157,7 @@ def test_fewer_than_eleven_steps_and_a_choice_that_is_none() -> None:
     short = replay(recording(stream(10)))
     missing = {"mean_over_floor", "worst_over_floor", "maxvio_mean", "maxvio_worst", "affinity_kept"}
     for figures in (*short["rules"].values(), short["hindsight"]):
-        assert {name for name, value in figures.items() if value is None} - {"steps_to_2x_floor"} == missing
+        assert {name for name, value in figures.items() if value is None} - set(STEPS_TO) == missing
     assert "fewer than 11 steps" in format_table(short)
     everyone = replay(recording(stream(12), topk=EXPERTS))
     assert everyone["floor"] == 0 and everyone["rules"]["sign"]["mean_over_floor"] is None
@@ -237,12 +238,23 @@ def test_the_command_prints_a_table_and_writes_json_and_picture(file: Path, caps
     assert about.startswith("24 steps, 2 layers, 200 tokens a step, top-2 of 8 experts; sampling floor of MaxVio 0.")
     first = [line.split()[0] for line in table.splitlines()]
     assert [first[0], *first[2:]] == ["rule", "sign:step_size=0.02", "quantile:against=own;ema=0.8", "hindsight"]
-    assert len(meanings.splitlines()) == 7 and picture == f"picture: {plot}"
+    assert len(meanings.splitlines()) == 8 and picture == f"picture: {plot}"
     assert plot.read_bytes().startswith(b"\x89PNG")
     result = json.loads(out.read_text())
     direct = replay(open_scores(file), parse_rules(words[1]), topk=2)
     for label, figures in result["rules"].items():
         assert figures["mean_over_floor"] == direct["rules"][label]["mean_over_floor"]
+
+
+def test_a_sequence_length_gives_the_sequence_floor(file: Path, capsys: Any) -> None:
+    out = file.with_name("r.json")
+    words = ["--topk", "2", "--sequence-length", "20", "--rules", "adaptive", "--json", str(out), "--no-hindsight"]
+    assert cli.main(["replay", str(file), *words]) == 0
+    assert ", sequence floor " in capsys.readouterr().out
+    result = json.loads(out.read_text())
+    # tokens of this stream are independent, and a batch is ten sequences: the floor is from one batch, so somewhat high
+    assert 0.8 < result["sequence_floor"] / result["floor"] < 1.5
+    assert result["rules"]["adaptive"]["steps_to_2x_sequence_floor"] < 10
 
 
 @pytest.mark.parametrize(
@@ -260,6 +272,7 @@ def test_the_command_prints_a_table_and_writes_json_and_picture(file: Path, caps
         (["--rules", "quantile:ema"], "--rules=quantile:ema: ema must be name=value"),
         (["--json", "/nowhere/out.json"], "--json=/nowhere/out.json: must be a file in a folder that exists"),
         (["--plot", "p.png", "--topk", "8"], "--plot=p.png: shows nothing where every token takes all 8 experts"),
+        (["--topk", "2", "--sequence-length", "64"], "--sequence-length=64: must divide the 200 tokens of step 10"),
         (["--plot", "/"], "--plot=/: must be a file in a folder that exists"),
     ],
 )
@@ -312,6 +325,7 @@ def test_recorded_scores_and_the_bias_give_the_loads_of_the_run(tmp_path: Path) 
     assert not (tmp_path / "plain" / "scores").exists()
     made = open_scores(tmp_path / "run")
     assert (made.steps, made.first_step, made.gating) == (2, 1, Gating(2, "softmax"))
+    assert made.layout == Layout(256, 1) and replay(made, hindsight=False)["sequence_floor"] is not None
     assert list(made.layers) == steps[0]["layers"]
     player = ReplayedRule(rules.make("quantile"), len(made.layers), made.experts, made.gating)
     bias_LE = torch.zeros(len(made.layers), made.experts)

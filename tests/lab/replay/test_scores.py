@@ -265,7 +265,7 @@ def test_run_folders_that_cannot_be_replayed(tmp_path: Path) -> None:
     assert "different numbers of tokens (layer 2: 3, layer 3: 2)" in refusal(tmp_path / "tokens")
     record(tmp_path / "mixed", 0, 1, whole[:1])
     record(tmp_path / "mixed", 0, 1, [layers((3, 4))], first=2)
-    assert "step 2 has other layers, experts or gating than step 1" in refusal(tmp_path / "mixed")
+    assert "step 2 has other layers, experts, gating or sequences than step 1" in refusal(tmp_path / "mixed")
     record(tmp_path / "topk", 0, 1, whole, topk=9)
     assert "holds topk 9" in refusal(tmp_path / "topk")
     ScoreRecorder(tmp_path / "none", {}, Gating(2, "sigmoid"), 0, 1).write(1)

@@ -34,10 +34,11 @@ def finished_run(path, **figures):
     return path
 
 
-def figures(loss, last, of_all, reached, seconds):
+def figures(loss, last, of_all, reached, seconds, floor=0.21):
     return {
         "validation_loss": loss, "maxvio_last50": last, "maxvio_global_mean": of_all,
-        "steps_to_maxvio_0.2": reached, "seconds_per_step": seconds,
+        "steps_to_maxvio_0.2": None, "steps_to_2x_sequence_floor": reached, "sequence_floor": floor,
+        "seconds_per_step": seconds,
     }  # fmt: skip
 
 
@@ -48,23 +49,23 @@ def test_the_table_of_three_folders(tmp_path):
     folders = [
         finished_run(tmp_path / "none", **figures(2.43151, 1.52349, 12.481, None, 0.21)),
         finished_run(tmp_path / "builtin", **figures(2.4, 0.31, 0.0371, 143, 0.2345)),
-        finished_run(tmp_path / "proportional", **figures(float("nan"), 0.1, 0.04, 7, 10.2)),
+        finished_run(tmp_path / "proportional", **figures(float("nan"), 0.1, 0.04, 7, 10.2, floor=None)),
     ]
     summaries = {path.name: json.loads((path / "summary.json").read_text()) for path in folders}
     table, meanings = format_table(summaries).split("\n\n")
     assert table == (
-        "rule          validation loss  MaxVio, last 50  MaxVio_global  steps to 0.2  seconds a step\n"
-        "------------  ---------------  ---------------  -------------  ------------  --------------\n"
-        "none                    2.432             1.52          12.48    never in 2           0.210\n"
-        "builtin                 2.400             0.31          0.037           143           0.234\n"
-        "proportional       not finite             0.10           0.04             7          10.200"
+        "rule          validation loss  MaxVio, last 50  floor  steps to 2x  MaxVio_global  seconds a step\n"
+        "------------  ---------------  ---------------  -----  -----------  -------------  --------------\n"
+        "none                    2.432             1.52   0.21   never in 2          12.48           0.210\n"
+        "builtin                 2.400             0.31   0.21          143          0.037           0.234\n"
+        "proportional       not finite             0.10      -            -           0.04          10.200"
     )
     for line, name in zip(meanings.splitlines(), COLUMNS, strict=True):
         assert line.startswith(f"{name} ") and len(line) > 40
 
 
 def test_one_line_explains_each_column():
-    assert next(iter(COLUMNS)) == "rule" and len(COLUMNS) == 6
+    assert next(iter(COLUMNS)) == "rule" and len(COLUMNS) == 7
     assert "Wang et al. 2024" in COLUMNS["MaxVio_global"]
     assert not any("\n" in meaning for meaning in COLUMNS.values())
 
@@ -212,20 +213,22 @@ def test_a_demo_trains_compares_and_can_be_repeated(tmp_path, capfd, monkeypatch
     """Real trainings, of a few steps, on one rank."""
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     out = tmp_path / "demo"
-    assert main(["demo", "--steps", "3", "--nproc", "1", "--rules", "none", "sign", "--out", str(out)]) == 0
+    assert main(["demo", "--steps", "3", "--nproc", "1", "--rules", "none", "sign-micro-batch", "--out", str(out)]) == 0
     captured = capfd.readouterr()
-    assert "[2/2] training with rule sign" in captured.err and captured.err.count("step 3/3  loss ") == 2
+    assert "[2/2] training with rule sign-micro-batch" in captured.err and captured.err.count("step 3/3  loss ") == 2
     table, _, where = captured.out.strip().split("\n\n")
-    assert [line.split()[0] for line in table.splitlines()] == ["rule", "----", "none", "sign"]
+    assert [line.split()[0] for line in table.splitlines()] == ["rule", "----------------", "none", "sign-micro-batch"]
     assert where == f"picture: {(out / 'comparison.png').resolve()}"
     assert (out / "comparison.png").read_bytes().startswith(b"\x89PNG")
     record = json.loads((out / "demo.json").read_text())
-    assert record["rules"] == ["none", "sign"] and record["steps"] == 3
+    assert record["rules"] == ["none", "sign-micro-batch"] and record["steps"] == 3
     for rule in record["rules"]:
         assert record["runs"][rule] == json.loads((out / rule / "summary.json").read_text())
-        assert record["runs"][rule]["rule"] == rule and record["runs"][rule]["steps"] == 3
+        assert record["runs"][rule]["steps"] == 3 and record["runs"][rule]["sequence_floor"] > 0
+    config = json.loads((out / "sign-micro-batch" / "config.json").read_text())
+    assert (config["alflb"]["rule"], config["alflb"]["update_every"]) == ("sign", "micro-batch")
     assert main(["demo", "--steps", "2", "--nproc", "1", "--rules", "none", "--out", str(out)]) == 0, (
         "over the earlier demo"
     )
     assert json.loads((out / "none" / "summary.json").read_text())["steps"] == 2
-    assert is_run_folder(out / "sign"), "a run that was not asked for stays"
+    assert is_run_folder(out / "sign-micro-batch"), "a run that was not asked for stays"
