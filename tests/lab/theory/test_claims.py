@@ -18,6 +18,7 @@ from alflb_megatron.lab.theory.claims.lagrangian import LagrangianChange, larges
 from alflb_megatron.lab.theory.claims.preference import Preference
 from alflb_megatron.lab.theory.claims.regret import Regret
 from alflb_megatron.lab.theory.claims.structure import Structure
+from alflb_megatron.lab.theory.claims.within_batch import WithinBatch
 from alflb_megatron.lab.theory.curvature import IndependentScores, laplacian
 from alflb_megatron.lab.theory.growth_fit import fit_growth
 from alflb_megatron.lab.theory.iteration import Move, Step
@@ -33,6 +34,7 @@ SMALL = {
     "structure": Structure(tokens=128, instances=6),
     "convexity": StrongConvexity(directions=3, tails=(1.5,), seeds=1, samples=30_000),
     "regret": Regret(stream=Stream(seeds=6), steps=256),
+    "within_batch": WithinBatch(batches=24),
 }
 
 
@@ -152,6 +154,15 @@ def test_regret_that_grows_faster_than_a_logarithm_is_found() -> None:
     found = failing(Regret(stream=Stream(seeds=4), steps=128, enough=planted).check())
     assert "with u >= 1/mu(p*) the regret of u/n grows no faster than log N" in found
     assert "a + b ln N fits it better than a + b sqrt N" in found
+
+
+def test_a_bias_that_does_not_follow_the_rounds_as_the_filter_does_is_found() -> None:
+    found = failing(dataclasses.replace(SMALL["within_batch"], gain=0.0).check())
+    assert found[0].startswith("with M rounds between two moves of the comparator")
+    assert "one that follows the rounds pays less than that" in found
+    for gain in (0.3, 2.0):
+        (found_,) = failing(dataclasses.replace(SMALL["within_batch"], gain=gain).check())
+        assert found_ == found[0]
 
 
 def test_too_few_samples_do_not_give_the_modulus() -> None:

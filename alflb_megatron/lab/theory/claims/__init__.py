@@ -77,7 +77,7 @@ class Claim:
 
 C = TypeVar("C", bound=type[Claim])
 _REGISTRY: dict[str, type[Claim]] = {}
-ORDER = ("lagrangian", "preference", "balance", "structure", "convexity", "regret")
+ORDER = ("lagrangian", "preference", "balance", "structure", "convexity", "regret", "within_batch")
 """As docs/theory.md tells them."""
 
 
