@@ -90,7 +90,7 @@ class Event:
         return f"{self.first:,}" if self.first == self.last else f"{self.first:,} - {self.last:,}"
 
 
-SERIES = ("step", "loss", "maxvio_mean", "maxvio_max", "bias_spread", "seconds", "tokens")
+SERIES = ("step", "loss", "maxvio_mean", "maxvio_max", "maxvio_micro_mean", "bias_spread", "seconds", "tokens")
 
 
 @dataclass

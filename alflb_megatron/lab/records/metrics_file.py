@@ -29,8 +29,9 @@ STEP_KEYS = (
     "bias_spread",  # largest over layers of (max - min) of the expert bias
     "layers",  # numbers of the MoE layers
     "loads",  # one row of int counts a MoE layer
-)  # and, where there are such things: aux_loss; bias, one row of floats a MoE layer; maxvio_micro_mean and
-# maxvio_micro_worst, MaxVio of this global batch's micro-batches, where these move the bias
+)  # and, where there are such things: aux_loss; bias, one row of floats a MoE layer; and where the
+# micro-batches of this global batch move the bias, maxvio_micro_mean and maxvio_micro_worst, their MaxVio, and
+# overload_micro_worst, the load of the fullest expert-parallel rank over the mean rank's in the worst of them
 
 
 class HalfWrittenLine(UserWarning):

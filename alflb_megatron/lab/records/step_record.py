@@ -75,6 +75,10 @@ class LayerRecord:
         return float(np.ptp(self.bias_E)) if len(self.bias_E) else nan
 
 
+MICRO = ("maxvio_micro_mean", "maxvio_micro_worst", "overload_micro_worst")
+"""What there is where micro-batches move the bias."""
+
+
 @dataclass(frozen=True)
 class StepRecord:
     """One record of metrics.jsonl; see `metrics_file.STEP_KEYS` for units. A figure that it lacks is nan."""
@@ -88,6 +92,9 @@ class StepRecord:
     maxvio_mean: float
     maxvio_max: float
     bias_spread: float
+    maxvio_micro_mean: float
+    maxvio_micro_worst: float
+    overload_micro_worst: float
     floor: float
     layers: list[LayerRecord]
     alarms: list[str]
@@ -120,7 +127,7 @@ class StepRecord:
                 )
             )
         figures = {key: as_number(record.get(key)) for key in ("loss", "lr", "grad_norm", "seconds", "tokens")}
-        measured = {key: as_number(record.get(key)) for key in ("maxvio_mean", "maxvio_max", "bias_spread")}
+        measured = {key: as_number(record.get(key)) for key in ("maxvio_mean", "maxvio_max", "bias_spread", *MICRO)}
         vios = [layer.maxvio for layer in layers]
         if vios and math.isnan(measured["maxvio_mean"]):
             measured["maxvio_mean"] = float(np.mean(vios))

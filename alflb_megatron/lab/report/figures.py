@@ -84,6 +84,10 @@ def maxvio(runs: Sequence[History]) -> Figure | None:
             axes.plot(
                 runs[0].series("step"), worst, color=COLOURS[1], linewidth=1.0, label="worst layer", marker=marker
             )
+        micro = positive_or_nan(runs[0].series("maxvio_micro_mean"))
+        if np.isfinite(micro).any():
+            shown = trailing_mean_of_finite(np.where(np.isfinite(micro), micro, np.nan), window)
+            axes.plot(runs[0].series("step"), shown, color=COLOURS[2], linewidth=1.0, label="of micro-batches, mean")
     floors = sorted({round(floor, 6) for floor in (run.floor() for run in runs) if floor > 0})
     for at, floor in enumerate(floors):
         name = "sampling floor" if at == 0 else None

@@ -28,6 +28,7 @@ def layer_metrics(last: Record | None) -> list[dict[str, Any]]:
     }
     if (micro := last.micro_batches) is not None:
         columns |= {"micro_vio": micro.vio_mean.tolist(), "micro_worst": micro.vio_worst.tolist()}
+        columns |= {"micro_overload": micro.overload.tolist()}
     return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
 
 
@@ -49,6 +50,7 @@ def step_metrics(rows: Sequence[dict[str, Any]], floor: float) -> dict[str, Any]
     if "micro_vio" in rows[0]:
         found["maxvio_micro_mean"] = math.fsum(row["micro_vio"] for row in rows) / len(rows)
         found["maxvio_micro_worst"] = max(row["micro_worst"] for row in rows)
+        found["overload_micro_worst"] = max(row["micro_overload"] for row in rows)
     if rows[0]["bias"] is not None:
         found["bias"] = [row["bias"] for row in rows]
     if not all(math.isnan(row["gain"]) for row in rows):

@@ -188,7 +188,14 @@ def _figures(followed: FollowedRun) -> list[Text]:
         ("  learning rate ", "dim"), _digits(last.lr, ".3g"),
         ("  gradient norm ", "dim"), _digits(last.grad_norm, ".3g"),
     )  # fmt: skip
-    return [first, second]
+    if not math.isfinite(last.maxvio_micro_mean):
+        return [first, second]
+    third = Text.assemble(
+        ("micro-batches: MaxVio ", "dim"), maxvio_cell(last.maxvio_micro_mean),
+        ("  worst ", "dim"), maxvio_cell(last.maxvio_micro_worst),
+        ("  fullest expert-parallel rank ", "dim"), f"{last.overload_micro_worst:.2f}x the mean",
+    )  # fmt: skip
+    return [first, second, third]
 
 
 def _layers(layers: Sequence[LayerRecord], height: int, width: int, symbols: str) -> list[RenderableType]:

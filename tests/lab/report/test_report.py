@@ -20,7 +20,7 @@ from alflb_megatron.lab.records.history import BINS, History, labels, read_histo
 from alflb_megatron.lab.records.metrics_file import read_metrics
 from alflb_megatron.lab.records.step_record import StepRecord, sampling_floor_of
 from alflb_megatron.lab.records.summary import maxvio_text
-from alflb_megatron.lab.report import axes
+from alflb_megatron.lab.report import axes, figures
 from alflb_megatron.lab.report.report import PAGE, report
 from alflb_megatron.metrics import max_vio, sampling_floor
 from alflb_megatron.settings import SettingError
@@ -110,6 +110,16 @@ def test_the_history_holds_what_the_run_recorded(ours):
         records[-1].get("maxvio_floor") or sampling_floor(256, 2, 4), rel=0.05
     )
     assert {step for step, _ in history.certificates} == {4, 8}
+
+
+def test_maxvio_of_micro_batches_is_drawn_where_it_is_recorded(ours, tmp_path):
+    def lines(run: Path) -> dict[str, list[float]]:
+        figure = figures.maxvio([read_history(run, "run")])
+        return {str(line.get_label()): list(line.get_ydata()) for line in figure.axes[0].lines}
+
+    assert "of micro-batches, mean" not in lines(ours)
+    given = changed(ours, tmp_path / "micro", lambda record: record | {"maxvio_micro_mean": 0.75})
+    assert lines(given)["of micro-batches, mean"] == [0.75] * 8
 
 
 def test_the_floor_of_more_tokens_than_are_drawn_is_scaled(ours):

@@ -11,6 +11,7 @@ import pytest
 
 from alflb_megatron.lab.cli import main
 from alflb_megatron.lab.records.files import write_json
+from alflb_megatron.lab.records.metrics_file import read_metrics
 from alflb_megatron.lab.records.run_folder import RunFolder, is_run_folder
 from alflb_megatron.lab.sweep.demo import COLUMNS, demo, failure_text, format_table
 from alflb_megatron.lab.sweep.processes import last_lines, run_streaming
@@ -227,6 +228,9 @@ def test_a_demo_trains_compares_and_can_be_repeated(tmp_path, capfd, monkeypatch
         assert record["runs"][rule]["steps"] == 3 and record["runs"][rule]["sequence_floor"] > 0
     config = json.loads((out / "sign-micro-batch" / "config.json").read_text())
     assert (config["alflb"]["rule"], config["alflb"]["update_every"]) == ("sign", "micro-batch")
+    for record in read_metrics(out / "sign-micro-batch"):
+        assert 0 < record["maxvio_micro_mean"] <= record["maxvio_micro_worst"]
+        assert record["overload_micro_worst"] == 1, "on one expert-parallel rank"
     assert main(["demo", "--steps", "2", "--nproc", "1", "--rules", "none", "--out", str(out)]) == 0, (
         "over the earlier demo"
     )

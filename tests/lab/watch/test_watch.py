@@ -150,6 +150,20 @@ def test_it_fits_every_terminal(run, width, encoding):
     followed.tail.close()
 
 
+def test_figures_of_micro_batches_are_shown_where_there_are_any(run, going):
+    followed = FollowedRun(run)
+    followed.read_new()
+    assert "micro-batches" not in shown(followed)
+    record = list(read_metrics(going))[-1]
+    record |= {"step": 9, "maxvio_micro_mean": 0.61, "maxvio_micro_worst": 1.32, "overload_micro_worst": 1.08}
+    with (going / "metrics.jsonl").open("a") as file:
+        file.write(json.dumps(record) + "\n")
+    followed = FollowedRun(going)
+    followed.read_new()
+    assert "micro-batches: MaxVio 0.61  worst 1.32  fullest expert-parallel rank 1.08x the mean" in shown(followed)
+    followed.tail.close()
+
+
 def test_of_more_layers_than_lines_the_worst_are_shown(going):
     loads = [[100 + i, 100 - i, 100, 100] for i in range(60)]
     record = next(read_metrics(going)) | {"step": 9, "layers": list(range(60)), "loads": loads, "bias": None}
