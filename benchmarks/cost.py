@@ -100,7 +100,7 @@ def _name(kind: str, fused: bool) -> str:
     return f"{kind}{FUSED}" if fused else kind
 
 
-def _kinds(config: Any, gate: str) -> dict[str, Kind]:
+def kinds(config: Any, gate: str) -> dict[str, Kind]:
     """The kinds to compare, `megatron` first; all with the same weights."""
     import megatron.core.distributed  # noqa: F401  (loads the module below, whose name there is a function)
     from megatron.core.transformer.moe.moe_utils import get_default_pg_collection
@@ -176,16 +176,16 @@ def measure(experts: int, tokens: int, gate: str, micro_batches: int, ranks: int
     )
     calculator.unset_num_microbatches_calculator()
     calculator.init_num_microbatches_calculator(0, None, 8 * micro_batches * ranks, 8, 1, False)  # all on this one
-    kinds = _kinds(config, gate)
-    device = next(kinds["megatron"].routers[0].parameters()).device
+    compared = kinds(config, gate)
+    device = next(compared["megatron"].routers[0].parameters()).device
     generator = torch.Generator().manual_seed(0)
     hidden = torch.randn(tokens // 8, 8, HIDDEN, generator=generator).to(device, config.params_dtype)
     upstream_TE = torch.randn(tokens, experts, generator=generator).to(device)
-    samples: dict[str, list[tuple[float, float]]] = {name: [] for name in kinds}
-    names = list(kinds)
+    samples: dict[str, list[tuple[float, float]]] = {name: [] for name in compared}
+    names = list(compared)
     for number in range(rounds + 2):
         for name in names[number % len(names) :] + names[: number % len(names)]:  # no kind always runs after another
-            sample = kinds[name].round(hidden, upstream_TE)
+            sample = compared[name].round(hidden, upstream_TE)
             if number >= 2:
                 samples[name].append(sample)
     rows: dict[str, dict[str, Any]] = {}
@@ -201,8 +201,8 @@ def measure(experts: int, tokens: int, gate: str, micro_batches: int, ranks: int
             "ratio_without_update": statistics.median(pair[0] / of[0] for pair, of in zip(pairs, base, strict=True)),
         }
         if device.type == "cuda":
-            passes = functools.partial(kinds[name].forward_backward, hidden, upstream_TE)
-            rows[name] |= {"forward_backward": on_the_device(passes), "update": on_the_device(kinds[name].update)}
+            passes = functools.partial(compared[name].forward_backward, hidden, upstream_TE)
+            rows[name] |= {"forward_backward": on_the_device(passes), "update": on_the_device(compared[name].update)}
     batch = {"micro_batches": micro_batches, "ranks": ranks}
     shape = {"experts": experts, "topk": TOPK[experts], "tokens": tokens, "gate": gate}
     return {**shape, **batch, "rounds": rounds, "kinds": rows}

@@ -135,6 +135,11 @@ def call(function: Callable[..., Any], *args: Any) -> Any:
     return _gather(_start([(_prepared, function, *args)]), SECONDS)[0]
 
 
+def bare(function: Callable[..., Any], *args: Any) -> Any:
+    """The same with nothing substituted for CUDA."""
+    return _gather(_start([(function, *args)]), SECONDS)[0]
+
+
 def _prepared(function: Callable[..., Any], *args: Any) -> Any:
     from alflb_megatron.hosts import cpu
 

@@ -73,11 +73,14 @@ def router_table(model: Sequence[nn.Module], pipeline: dist.ProcessGroup | None 
     if last is None and stages == 1:
         return None
     device = torch.device(torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
-    sizes = torch.zeros(stages, dtype=torch.int64, device=device)
-    sizes[stage] = len(balancer.routers)
+    before, total = 0, len(balancer.routers)
     if stages > 1:
+        of_stage = torch.zeros(stages, dtype=torch.int64)
+        of_stage[stage] = total
+        sizes = of_stage.to(device)
         dist.all_reduce(sizes, group=pipeline)
-    before, total = int(sizes[:stage].sum()), int(sizes.sum())
+        routers = sizes.tolist()
+        before, total = sum(routers[:stage]), sum(routers)
     table = torch.zeros(total, len(_COLUMNS), dtype=torch.float64, device=device)
     if last is not None and last.layers:
         rows = last.loads
@@ -145,13 +148,14 @@ def balance_metrics(model: Sequence[nn.Module], pipeline: dist.ProcessGroup | No
     table = router_table(model, pipeline)
     if table is None:
         return {}
+    device, table = table.device, table.cpu()  # the one time that the device is waited for: what follows is small
     of = dict(zip(_COLUMNS, table.unbind(1), strict=True))
     if not of["present"].any():
         return {}
     counted = (of["counted"] > 0).nonzero().flatten()
     counted = counted[of["layer"][counted].argsort(stable=True)]
     if not len(counted):
-        return {COUNTED: counted.new_zeros((), dtype=torch.float32)}
+        return {COUNTED: torch.zeros((), device=device)}
     of = {name: column[counted] for name, column in of.items()}
     vio, gain, curvature = of["vio"], of["gain"], of["curvature"]
     shown = {
@@ -190,7 +194,7 @@ def balance_metrics(model: Sequence[nn.Module], pipeline: dist.ProcessGroup | No
         for row, label in enumerate(labels(layers, [paths[index] for index in counted.tolist()])):
             shown[f"MaxVio {label}"] = vio[row]
             shown[f"expert bias spread {label}"] = of["spread"][row]
-    return {name: value.float() for name, value in shown.items()}
+    return dict(zip(shown, torch.stack(list(shown.values())).float().to(device), strict=True))
 
 
 def log_line(shown: dict[str, Tensor]) -> dict[str, Tensor]:
