@@ -46,10 +46,10 @@ class Trace(TorchDispatchMode):
 
     operations: launches by name. bytes: read and written by them. collectives: (name, bytes) in their order.
     waits: places in `source` where the host asks for a value, or copies from a device or to it. With `answer` a value
-    is what it says of the place: fake tensors have none.
+    is what it says of the place, where it says anything: fake tensors have none.
     """
 
-    def __init__(self, source: str = "alflb_megatron", answer: Callable[[str], int] | None = None) -> None:
+    def __init__(self, source: str = "alflb_megatron", answer: Callable[[str], int | None] | None = None) -> None:
         super().__init__()
         self.source, self.answer = f"{source}/", answer
         self.operations: Counter[str] = Counter()
@@ -60,11 +60,11 @@ class Trace(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         space, _, name = func.name().partition("::")
         name = name.split(".")[0]
-        asked = name in WAITS and any(isinstance(arg, Tensor) and arg.device.type != "cpu" for arg in args)
-        if asked:
+        if name in WAITS and any(isinstance(arg, Tensor) and arg.device.type != "cpu" for arg in args):
             self.waits[self._place()] += 1
-        if name == "_local_scalar_dense" and self.answer is not None:
-            return self.answer(self._place() if asked else "cpu")
+        told = name == "_local_scalar_dense" and self.answer is not None
+        if told and (value := self.answer(self._place())) is not None:  # type: ignore[misc]
+            return value
         found = func(*args, **(kwargs or {}))
         if name in COPIES and not (kwargs or {}).get("non_blocking", False) and _between_devices(args, found):
             self.waits[self._place()] += 1
