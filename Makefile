@@ -20,7 +20,7 @@ PIP = -m pip install --quiet --disable-pip-version-check
 ARGS ?=
 # What may differ with the version of Megatron-Core, SciPy or Python, or with torch's build.
 ON_LATEST = tests/test_routing.py tests/test_margins.py tests/test_near_ties.py tests/test_loads.py tests/test_alarms.py tests/rules \
-	tests/lab/theory tests/lab/checkpoints tests/hosts tests/distributed
+	tests/lab/theory tests/lab/checkpoints tests/hosts tests/distributed tests/traced
 
 .PHONY: demo test gpu reliability test-hosts test-latest check docs site setup hosts launch latest clean distclean
 .DELETE_ON_ERROR:

@@ -118,8 +118,9 @@ class LoadCounter(nn.Module):
             dictated: whether somebody else chose these experts.
         """
         self.passes += 1
-        one = self.tokens_per_expert.new_ones(()) if valid_T is None else valid_T.to(torch.int64)[:, None]
-        self.tokens_per_expert.scatter_add_(0, experts_TK.reshape(-1), one.expand_as(experts_TK).reshape(-1))
+        device = experts_TK.device
+        count_1 = margins.one(torch.int64, device) if valid_T is None else valid_T.to(torch.int64)[:, None]
+        self.tokens_per_expert.scatter_add_(0, experts_TK.reshape(-1), count_1.expand_as(experts_TK).reshape(-1))
         self._observe_scores(ranked_TK, valid_T)
         if dictated and self.dictated is not None:
             self.dictated += experts_TK.shape[0] if valid_T is None else valid_T.sum()

@@ -118,11 +118,22 @@ def add(histogram_EB: Tensor, margins_TE: Tensor, valid_T: Tensor | None = None)
     index_TE = (bits_TE & 0x7FFFFFFF) >> _SHIFT
     index_TE.sub_(_FIRST_KEY - 1).clamp_(0, SIDE - 1)
     index_TE.bitwise_xor_(bits_TE >> 31)  # j above zero, -1 - j below
-    experts = histogram_EB.shape[0]
-    index_TE.add_(torch.arange(SIDE, experts * BINS, BINS, dtype=torch.int32, device=index_TE.device))
-    ones = torch.ones((), dtype=torch.int32, device=index_TE.device)
-    weight_TE = (ones if valid_T is None else valid_T.to(torch.int32)[:, None]).expand(index_TE.shape)
+    index_TE.add_(_middles(histogram_EB.shape[0], index_TE.device))
+    weight_1 = one(torch.int32, index_TE.device) if valid_T is None else valid_T.to(torch.int32)[:, None]
+    weight_TE = weight_1.expand(index_TE.shape)
     histogram_EB.view(-1).index_add_(0, index_TE.view(-1), weight_TE.reshape(-1))
+
+
+@cache
+def one(dtype: torch.dtype, device: torch.device) -> Tensor:
+    """1, made once: on a device each new tensor is a launch."""
+    return torch.ones((), dtype=dtype, device=device)
+
+
+@cache
+def _middles(experts: int, device: torch.device) -> Tensor:
+    """Where the first bin above zero of each expert lies in a flat histogram, int32 [E]."""
+    return torch.arange(SIDE, experts * BINS, BINS, dtype=torch.int32, device=device)
 
 
 def sample_stride(tokens: int, topk: int, experts: int, run: int) -> int:
