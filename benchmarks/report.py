@@ -26,6 +26,8 @@ from benchmarks import (
     one_gpu,
     sample,
     scale,
+    traced,
+    traced_steps,
     tried,
     upstream_quantile,
     within_batch,
@@ -224,6 +226,18 @@ loads alone, {cost.WITH_MARGINS} for those that need margins.
 On megatron-core 0.19.2, with its own quantile balancing:
 
 {section("cost-mcore-0.19.2", cost.table)}
+
+### As traced
+
+What a router launches and moves, counted operation by operation, beside a roofline on paper for an H100
+([`traced.py`](../benchmarks/traced.py)). An operation is a launch or two; a GPU compiles some of them together.
+
+{section("traced-mcore-0.19.2", traced.table)}
+
+The collectives of a whole training step, as one process traces them on groups of any size
+([`traced_steps.py`](../benchmarks/traced_steps.py)):
+
+{section("traced_steps-mcore-0.19.2", traced_steps.table)}
 
 ### On a GPU
 
