@@ -22,7 +22,7 @@ ARGS ?=
 ON_LATEST = tests/test_routing.py tests/test_margins.py tests/test_near_ties.py tests/test_loads.py tests/test_alarms.py tests/rules \
 	tests/lab/theory tests/lab/checkpoints tests/hosts tests/distributed tests/traced
 
-.PHONY: demo test gpu reliability test-hosts test-latest check docs site setup hosts launch latest clean distclean
+.PHONY: demo test gpu reliability test-hosts test-bridge test-nemo test-latest check docs site setup hosts launch latest clean distclean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/ready
@@ -54,8 +54,10 @@ site: $(VENV)/ready
 	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --strict
 
 # Each host has a process of its own that the tests' ranks are forked from, with the host imported.
-test-hosts: $(HOSTS)/ready $(LAUNCH)/ready
+test-hosts: test-bridge test-nemo
+test-bridge: $(HOSTS)/ready
 	ALFLB_TESTS_PRELOAD=tests.preloaded_bridge $(HOSTS)/bin/python -m pytest tests/hosts/test_bridge.py $(ARGS)
+test-nemo: $(HOSTS)/ready $(LAUNCH)/ready
 	ALFLB_TESTS_PRELOAD=tests.preloaded_nemo $(HOSTS)/bin/python -m pytest tests/hosts/test_nemo.py $(ARGS)
 	$(HOSTS)/bin/python -m pytest tests/hosts/test_huggingface.py tests/recipes tests/distributed/test_identity.py $(ARGS)
 	$(LAUNCH)/bin/python -m pytest tests/recipes -k skypilot $(ARGS)

@@ -21,6 +21,7 @@ from benchmarks import (
     cluster_page,
     cluster_tables,
     cost,
+    data_change,
     gpu,
     in_training,
     one_gpu,
@@ -211,6 +212,11 @@ that is set before the batch is seen cannot be expected below it, one that follo
 ![MaxVio over training steps, biases moved inside the global batch](within_batch.png)
 
 {section("within_batch", within_batch.table)}
+
+Where the kind of text changes from one step to the next ([`data_change.py`](../benchmarks/data_change.py)), a bias fits
+once it leaves a fresh global batch at most twice its sequence floor:
+
+{section("data_change", data_change.table)}
 
 ## Cost
 
