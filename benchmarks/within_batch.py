@@ -13,6 +13,7 @@ change of the code remove the folder. Repeat with
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import math
 import os
@@ -41,9 +42,11 @@ from benchmarks.in_training import AUX_COEFF, NOISE, difference, in_turn, logged
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+QUANTILE_BALANCING = "Megatron-Core's quantile balancing"
 ROWS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "auxiliary loss": ({"rule": "none", "aux_loss_coeff": AUX_COEFF}, {}),
     "Megatron-Core's sign": ({"rule": "builtin"}, {}),
+    **({QUANTILE_BALANCING: ({"rule": "none"}, {})} if machine.installed("megatron-core") != machine.OLDEST else {}),
     **{
         f"{rule}, once a {every}": ({"rule": rule}, {"update_every": every})
         for rule in ("sign", "quantile", "adaptive")
@@ -114,6 +117,8 @@ def train(one: Mapping[str, Any], out: Path) -> None:
             return statistics.fmean(self.floors(self.fresh_scores(self.training, FLOOR_BATCHES)))
 
     module.TrainingRun = Run  # type: ignore[misc]
+    if one["row"] == QUANTILE_BALANCING:
+        _with_quantile_balancing()
     summary = module.train(planned(one, out))
     write_json(
         out / "within.json",
@@ -126,6 +131,16 @@ def train(one: Mapping[str, Any], out: Path) -> None:
             "maxvio_global": summary["maxvio_global_mean"],
             "maxvio": [record["maxvio_mean"] for record in read_metrics(out)],
         },
+    )
+
+
+def _with_quantile_balancing() -> None:
+    """Has models built that balance as Megatron-Core does it by itself from 0.19 on."""
+    from alflb_megatron.lab.training import build
+
+    plain = build.transformer_config
+    build.transformer_config = lambda plan: dataclasses.replace(
+        plain(plan), moe_router_load_balancing_type="quantile_balancing"
     )
 
 
@@ -179,7 +194,6 @@ def cost(rounds: int = 15, layers: int = 8, micro_batches: int = 8, hidden_size:
     Both in one process, in turn; the ratio is the median over rounds of the ratio of neighbours. Also the bytes and the
     number of all-reduces of each, which are of one rank's own messages and need no second rank to be counted.
     """
-    import dataclasses
     import time
 
     from alflb_megatron.balancer import Balancer
@@ -426,7 +440,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--rows", default="|".join(ROWS), help="names of rows, with | between them")
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time, a core each")
     parser.add_argument("--out", type=Path, default=Path("runs/within_batch"))
-    parser.add_argument("--json", type=Path, default=machine.RESULTS / "within_batch.json")
+    parser.add_argument("--json", type=Path, default=machine.RESULTS / machine.versioned("within_batch"))
     parser.add_argument("--collect", action="store_true", help="take the runs that are there, and run none")
     parser.add_argument(
         "--cost", action="store_true", help="measure what it costs alone, into the results that are there"
