@@ -146,7 +146,7 @@ def _with_quantile_balancing() -> None:
 
 def scored_run() -> type[Any]:
     """`TrainingRun` that can be asked what its gates give for batches that it is not trained on."""
-    from alflb_megatron.lab.training.gate_scores import gate_scores, sequence_floors
+    from alflb_megatron.lab.replay.gate_scores import gate_scores, sequence_floors
     from alflb_megatron.lab.training.train import TrainingRun
 
     class ScoredRun(TrainingRun):

@@ -28,8 +28,9 @@ from torch import nn
 
 from alflb_megatron.balancer import Balancer
 from alflb_megatron.config import ALFConfig
+from alflb_megatron.hosts import rerun
 from alflb_megatron.hosts.patching import Patch
-from alflb_megatron.hosts.routers import NamedRouter, labels, named_routers
+from alflb_megatron.hosts.routers import NamedRouter, bare, labels, named_routers
 from alflb_megatron.loads import LoadCounter, reset
 from alflb_megatron.router import ALFRouter
 from alflb_megatron.within_batch import WithinBatch
@@ -185,13 +186,6 @@ def existing_balancer(chunk: nn.Module) -> Balancer | None:
     return _BALANCERS.get(bare(chunk))
 
 
-def bare(chunk: nn.Module) -> nn.Module:
-    """A chunk without DDP and Float16Module around it, which may come later."""
-    while isinstance(inner := getattr(chunk, "module", None), nn.Module):
-        chunk = inner
-    return chunk
-
-
 # -- a global batch that ends early -----------------------------------------------------------------------------------
 
 _zeroing: list[Patch] = []
@@ -202,13 +196,14 @@ def forget_with_gradients(mode: str) -> None:
     """Has loads forgotten where the gradients that came with them are zeroed; twice is once.
 
     Trainers call `zero_grad_buffer` of Megatron-Core's data-parallel wrappers where a global batch begins. Loads are
-    left over there only if the one before was abandoned: in forward, backward or finalize, or for dummy data. That
-    method of each wrapper is replaced and marked `__alflb__`. `mode`: who asks, the one line or `install`.
+    left over there only if the one before was abandoned, or was dummy data. That method, and one of `rerun`, are
+    replaced and marked `__alflb__`. `mode`: who asks, the one line or `install`.
     """
     _wanting.add(mode)
     if not _zeroing:
         wrappers = [_BaseDataParallel, DistributedDataParallel, getattr(mcore_fsdp_adapter, "MegatronFSDP", None)]
         _zeroing.extend(Patch(wrapper, "zero_grad_buffer", _forgetting) for wrapper in wrappers if wrapper is not None)
+        _zeroing.append(rerun.put_back_with_a_rerun())
 
 
 def forget_with_gradients_no_more(mode: str) -> None:
@@ -226,9 +221,10 @@ def _forgetting(original: Callable[..., Any]) -> Callable[..., Any]:
             if any(router.load_counter is counter for router in balancer.routers for counter in counters):
                 balancer.withdraw()
         reset(counters)
-        for module in modules:
-            if isinstance(module, ALFRouter) and module.within_batch is not None:
-                module.within_batch.end(committed=False)
+        routers = [module for module in modules if isinstance(module, ALFRouter)]
+        for within in [router.within_batch for router in routers if router.within_batch is not None]:
+            within.end(committed=False)
+        rerun.remember(routers)
         move_within_batch(self)  # before the first forward pass of the first global batch
         return original(self, *args, **kwargs)
 

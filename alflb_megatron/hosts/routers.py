@@ -153,3 +153,10 @@ def _trains(module: nn.Module) -> bool:
 
 def _listed(names: Iterable[str]) -> str:
     return ", ".join(sorted(names)) or "none"
+
+
+def bare(chunk: nn.Module) -> nn.Module:
+    """A chunk without DDP and Float16Module around it, which may come later."""
+    while isinstance(inner := getattr(chunk, "module", None), nn.Module):
+        chunk = inner
+    return chunk

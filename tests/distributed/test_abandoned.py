@@ -155,6 +155,53 @@ def test_nor_where_gradients_are_not_zeroed(enabled: bool) -> None:
     assert found == [128, 256, 128]
 
 
+def _rerun(enabled: bool, report: bool, fatal: bool, every: str) -> dict[str, Any]:
+    """Three steps under the rerun state machine, whose second one looks wrong (or all of them are run twice)."""
+    from megatron.core import rerun_state_machine as module
+
+    mode = module.RerunMode.REPORT_DETERMINISM_STATS if report else module.RerunMode.VALIDATE_RESULTS
+    with _training(enabled, alf={"update_every": every}) as trainer:
+        module.destroy_rerun_state_machine()
+        module.initialize_rerun_state_machine(mode=mode)
+        machine = module.get_rerun_state_machine()
+        machine._maybe_report_stats = lambda: None  # it fails in 0.16.1
+        maps: list[list[list[Any]]] = []
+        before: list[torch.Tensor] = []
+        for step in range(3):
+            maps.append([])
+            before = [router.expert_bias.clone() for router in trainer.runner.routers]
+            while machine.should_run_forward_backward(None):
+                trainer.runner._maps.clear()
+                trainer.step(2, optimizer=False)
+                maps[-1].append([chosen.tolist() for chosen in trainer.runner._maps])
+                if step == 1 and not report:
+                    machine.rerun_requested = True  # as `validate_result` does
+                    machine.continue_requested, machine.checkpoint_requested = not fatal, fatal
+            if machine.should_checkpoint_and_exit()[0]:
+                break
+            trainer.runner.setup.optimizer.step()
+        now = [router.expert_bias for router in trainer.runner.routers]
+        module.destroy_rerun_state_machine()
+        return {
+            "runs": [len(runs) for runs in maps],
+            "same": all(run == runs[0] for runs in maps for run in runs),
+            "n": trainer.n(),
+            "moved": any(not torch.equal(a, b) for a, b in zip(before, now, strict=True)),
+        }
+
+
+@pytest.mark.parametrize("every", ["global-batch", "micro-batch"])
+@pytest.mark.parametrize("enabled", [True, False])
+def test_a_step_that_is_run_again_begins_with_the_bias_that_it_had(enabled: bool, every: str) -> None:
+    """It routes as its first run did, counts once, and a checkpoint of its beginning has the bias of its beginning."""
+    (found,) = ranks.run(1, _rerun, enabled, False, False, every)
+    assert found == {"runs": [1, 2, 1], "same": True, "n": 3, "moved": True}
+    (found,) = ranks.run(1, _rerun, enabled, False, True, every)
+    assert found == {"runs": [1, 2], "same": True, "n": 1, "moved": False}
+    (found,) = ranks.run(1, _rerun, enabled, True, False, every)
+    assert found == {"runs": [2, 2, 2], "same": True, "n": 3, "moved": True}
+
+
 def _interleaved(place: Callable[[Trainer], Any]) -> list[int]:
     with _training(True, nproc=2, pp=2, vpp=2) as trainer:
         with pytest.raises(Failed), place(trainer):

@@ -12,9 +12,9 @@ import torch.distributed as dist
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
+from alflb_megatron.lab.replay.gate_scores import gate_scores, sequence_floors
 from alflb_megatron.lab.replay.recording import Gating, Layout
 from alflb_megatron.lab.training.build import ModelSetup
-from alflb_megatron.lab.training.gate_scores import gate_scores, sequence_floors
 from alflb_megatron.lab.training.job import Plan
 from alflb_megatron.loads import LoadAllReduce, counting_all_passes
 
