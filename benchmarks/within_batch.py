@@ -298,8 +298,10 @@ def figures_of(found: Mapping[str, Any]) -> dict[str, float]:
     }
 
 
-def collect(out: Path, preset: str, counts: Sequence[int], seeds: Sequence[int], rows: Sequence[str]) -> dict[str, Any]:
-    """All figures of a preset."""
+def collect(
+    out: Path, preset: str, counts: Sequence[int], seeds: Sequence[int], rows: Sequence[str], fewest: int = 3
+) -> dict[str, Any]:
+    """All figures of a preset, of rows with at least `fewest` seeds."""
     plan = planned(options(preset, YARDSTICK, counts[0], seeds[0]), out)
     tokens = plan.job.global_batch_size * plan.shape.seq_length
     by_count: dict[str, Any] = {}
@@ -309,9 +311,11 @@ def collect(out: Path, preset: str, counts: Sequence[int], seeds: Sequence[int],
         for row in rows:
             if "micro-batch" in row and count == 1:
                 continue  # the same as once a global batch, bit for bit: a test says so
+            # the loss of the two rows that matter may need more seeds than the rest: as many as there are, in order
             found = [finished(out, options(preset, row, count, seed)) for seed in seeds]
             runs = [one for one in found if one is not None]
-            if len(runs) < len(seeds):
+            runs = runs[: next((at for at, one in enumerate(found) if one is None), len(found))]
+            if len(runs) < min(len(seeds), fewest):
                 continue  # not run, or not yet
             revisions |= {one["git_revision"] for one in runs}
             each = [figures_of(one) for one in runs]
@@ -342,7 +346,8 @@ def ratios(shown: Mapping[str, Any]) -> dict[str, float]:
     floor = statistics.fmean(ours["floor"].values())
     found["sequence floors from step 10"] = statistics.fmean(ours["maxvio"][10:]) / floor
     for name in ("validation_loss", "maxvio_global"):
-        apart = difference(ours[name]["each"], theirs[name]["each"])
+        both = min(len(of[name]["each"]) for of in (ours, theirs))
+        apart = difference(ours[name]["each"][:both], theirs[name]["each"][:both])
         found[name] = apart["mean"]
         found[f"{name}, noise"] = NOISE * (apart["standard_error"] or math.nan)
     return found
@@ -359,10 +364,11 @@ def table(results: Mapping[str, Any]) -> str:
     lines: list[str] = []
     for preset, found in results["presets"].items():
         for count, shown in found["by_micro_batches"].items():
-            seeds = len(found["seeds"])
+            seeds = {row: len(figures["first"]["each"]) for row, figures in shown.items()}
+            few = min(seeds.values(), default=0)
             lines += [
-                f"`{preset}`, M = {count}: {found['steps']} steps of {found['tokens']:,} tokens, {seeds} "
-                f"seed{'s' * (seeds > 1)}, mean ± standard deviation; sampling floor "
+                f"`{preset}`, M = {count}: {found['steps']} steps of {found['tokens']:,} tokens, {few} "
+                f"seed{'s' * (few > 1)} where no other number is said, mean ± standard deviation; sampling floor "
                 f"{maxvio_text(found['sampling_floor'])}.",
                 "",
                 "| row | " + " | ".join(FIGURES.values()) + " | sequence floor |",
@@ -375,7 +381,8 @@ def table(results: Mapping[str, Any]) -> str:
                     mean, sd = figures[name]["mean"], figures[name]["sd"]
                     cells.append(f"{mean:{digits}}" + ("" if sd is None else f" ± {sd:{digits}}"))
                 floor = statistics.fmean(figures["floor"].values())
-                lines.append(f"| {row} | " + " | ".join(cells) + f" | {floor:.2f} |")
+                said = f"{row} ({seeds[row]} seeds)" if seeds[row] != few else row
+                lines.append(f"| {said} | " + " | ".join(cells) + f" | {floor:.2f} |")
             if missing := [row for row in ROWS if row not in shown and not (count == "1" and "micro" in row)]:
                 lines += ["", f"Not run: {'; '.join(missing)}."]
             if OURS in shown and YARDSTICK in shown:
