@@ -10,6 +10,7 @@ by more than one way.
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -93,6 +94,7 @@ class Balancer:
         self._digests: list[Tensor] = []
         self._alarms: Alarms | None = None
         self._indices: dict[tuple[int, ...], Tensor] = {}
+        self.forgotten = False  # whether forward passes were forgotten since the last update
 
     @property
     def under_way(self) -> LoadAllReduce | None:
@@ -103,6 +105,7 @@ class Balancer:
     def launch(self) -> None:
         """Starts the all-reduce of this global batch's loads. Nothing happens while one is under way."""
         if self._sum is None and self.routers:
+            self._say_what_was_forgotten()
             for within in self._within:
                 within.finish()
             self._digests = (
@@ -150,6 +153,14 @@ class Balancer:
         self._raise_alarms(disagreement)
         self._log()
         return self.last
+
+    def _say_what_was_forgotten(self) -> None:
+        if self.forgotten and not any(router.load_counter.passes for router in self.routers):
+            _warn_once(
+                "no router has counted a token in this global batch since its gradients were zeroed, and some had "
+                "before: loads are forgotten with the gradients. Zero gradients before the first forward pass"
+            )
+        self.forgotten = False
 
     def _needs_histograms(self) -> bool:
         """Whether a rule is to be shown margins that micro-batches have not shown it already."""
@@ -272,6 +283,11 @@ class Balancer:
 
 def _within_of(router: BalancedRouter) -> WithinBatch | None:
     return getattr(router, "within_batch", None)
+
+
+@functools.cache
+def _warn_once(text: str) -> None:
+    logger.warning(text)
 
 
 def _replicated_state(router: BalancedRouter) -> list[Tensor]:

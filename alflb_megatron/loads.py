@@ -198,6 +198,7 @@ def counting_all_passes(counters: Sequence[LoadCounter]) -> Iterator[None]:
     finally:
         for of, counter, (before, seen) in zip(parts, counters, kept, strict=True):
             counter.counting_all = False
+            counter.spoilt.zero_()
             for part, value in zip(of, before, strict=True):
                 part.copy_(value)
             counter.passes = seen

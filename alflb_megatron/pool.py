@@ -66,16 +66,20 @@ class Pool:
             parts.append(near_ties.coarsen(torch.stack(histograms)))
         return torch.cat([part.reshape(-1).to(torch.int32) for part in parts])
 
-    def take(self, flat: Tensor, is_last: bool) -> None:
-        """Takes in what all ranks counted in one micro-batch; where it is the last, nothing is routed after it."""
+    def take(self, flat: Tensor, is_last: bool, left_over: bool = False) -> None:
+        """Takes in what all ranks counted in one micro-batch; where it is the last, nothing is routed after it.
+
+        `left_over`: what was counted after the message of the last one had gone. No rule on loads takes a step for it.
+        """
         (layers, experts), flat = self.price_LE.shape, flat.to(torch.int64)
         sizes = [layers * experts, layers, layers]
         loads, nonfinite, dictated, ties = flat.split([*sizes, flat.numel() - sum(sizes)])
         loads_LE = loads.view(layers, experts)
         some_L1 = loads_LE.sum(-1, keepdim=True) > 0
         sound_L1 = some_L1 & ((nonfinite + dictated).view(-1, 1) == 0)
-        self._note(loads_LE, some_L1.squeeze(1))
-        if self.pool_LEC is None:
+        if not left_over:
+            self._note(loads_LE, some_L1.squeeze(1))
+        if self.pool_LEC is None and not left_over:
             moved_LE, state = step(self.config, self.bias_LE, Stats(loads_LE, self.n_L1.squeeze(1), None), self.state)
             part_LE = self.bias_LE + (moved_LE - self.bias_LE) / self.micro_batches_L1
             moved_LE = torch.where(self.micro_batches_L1 > 1, part_LE, moved_LE)  # an M-th of the step
@@ -83,7 +87,7 @@ class Pool:
             sound_L1 = sound_L1 & moved_LE.isfinite().all(-1, keepdim=True)
             self.bias_LE = torch.where(sound_L1, moved_LE, self.bias_LE)
             self.state = {name: keep_where(sound_L1, rows, self.state[name]) for name, rows in state.items()}
-        else:
+        elif self.pool_LEC is not None:
             ties_LEC = near_ties.UNIT * ties.view_as(self.pool_LEC) * sound_L1.unsqueeze(-1)
             self.pool_LEC = self.pool_LEC + ties_LEC
             self.sampled_LE = self.sampled_LE + near_ties.loads(ties_LEC)

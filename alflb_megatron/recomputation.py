@@ -36,7 +36,7 @@ def enclosing() -> list[Checkpoint]:
     found: list[Checkpoint] = []
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:
-        checkpoint = _checkpoint_of(frame)
+        checkpoint = _checkpoint_of(frame, bool(found))
         if checkpoint is not None:
             found.append(checkpoint)
             if checkpoint.second:
@@ -45,19 +45,23 @@ def enclosing() -> list[Checkpoint]:
     return found
 
 
-def _checkpoint_of(frame: FrameType) -> Checkpoint | None:
+def _checkpoint_of(frame: FrameType, inside: bool) -> Checkpoint | None:
+    """The checkpoint that a frame is of, if it trains; `inside`: there is one within it that does."""
     name = frame.f_code.co_name
     if name in ("forward", "backward") and frame.f_code.co_varnames[:1] == ("ctx",):
         ctx = frame.f_locals.get("ctx")
-        trains = any(getattr(ctx, "needs_input_grad", ()))  # else no backward pass will follow
-        return Checkpoint(ctx, name == "backward") if trains else None
+        # no edges: gradients are off around the checkpoint, or nothing needs any, and no backward pass will follow
+        if not any(getattr(ctx, "needs_input_grad", ())) or not getattr(ctx, "next_functions", None):
+            return None
+        return Checkpoint(ctx, name == "backward")
     if name == "unpack_hook" and "frame" in frame.f_code.co_freevars:
         return Checkpoint(frame.f_locals.get("frame"), True)
     if name == "checkpoint":
         generator = frame.f_locals.get("gen")
         held = getattr(generator, "gi_frame", None)
         key = (held or frame).f_locals.get("new_frame")
-        return None if key is None else Checkpoint(key, False)
+        trains = inside or torch.is_grad_enabled()  # what it runs has the gradient mode around it
+        return Checkpoint(key, False) if trains and key is not None else None
     return None
 
 

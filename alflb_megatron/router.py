@@ -195,10 +195,14 @@ class ALFRouter(ExpertBiasRouter):
         Where micro-batches move the bias, a second pass routes with that of its first.
         """
         within, counter = self.within_batch, self.load_counter
-        if within is None or not self.training or counter.counting_all:
+        if not self.moves_within_batch or not self.training or counter.counting_all:
             return self.expert_bias, counter.is_counting(self.training)
         checkpoints = recomputation.enclosing()
-        if checkpoints and checkpoints[-1].second:
+        second = bool(checkpoints) and checkpoints[-1].second
+        if within is None:  # left to its price, perhaps since the first pass
+            kept = recomputation.kept_bias(checkpoints[-1], self) if second else None
+            return self.expert_bias if kept is None else kept, counter.is_counting(self.training)
+        if second:
             counting, kept = False, recomputation.kept_bias(checkpoints[-1], self)
         else:
             counting = torch.is_grad_enabled() or bool(checkpoints)
@@ -213,6 +217,10 @@ class ALFRouter(ExpertBiasRouter):
             )
         recomputation.keep_bias(checkpoints, self, kept)
         return kept, counting
+
+    def micro_batches_told(self) -> int:
+        """Micro-batches of a global batch, as far as Megatron-Core was told (`micro_batches`)."""
+        return micro_batches()
 
     def _end_pass(self) -> None:
         if self.within_batch is not None and not self.load_counter.counting_all:

@@ -11,7 +11,7 @@ ranks had as many micro-batches.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 from weakref import WeakSet
 
@@ -22,16 +22,33 @@ from torch.utils.hooks import RemovableHandle
 
 from alflb_megatron.config import PREFIX
 from alflb_megatron.pool import Pool
+from alflb_megatron.recomputation import is_first_pass
 from alflb_megatron.settings import SettingError
 from alflb_megatron.update import MicroBatches, Shown, alike, stacked_state
 
 _LIVE: WeakSet[WithinBatch] = WeakSet()
+BEGUN = 1024
+"""Global batches are told apart modulo this."""
+
+
+_LEFT: WeakSet[Any] = WeakSet()
 
 
 def detach_all() -> None:
-    """Leaves every router of this process to its price."""
+    """Leaves every router of this process to its price, until it is attached again."""
     for within in list(_LIVE):
+        _LEFT.update(within.routers)
         within.detach()
+
+
+def attach_again(routers: Iterable[Any] | None = None) -> None:
+    """Takes `detach_all` back for some routers, or for all."""
+    _LEFT.difference_update(list(_LEFT) if routers is None else list(routers))
+
+
+def may_move(router: Any) -> bool:
+    """Whether micro-batches are to move the bias of this router."""
+    return bool(router.moves_within_batch) and router not in _LEFT
 
 
 class WithinBatch:
@@ -46,10 +63,14 @@ class WithinBatch:
         self.routers, self.group = list(routers), group
         self.micro_batches = 0  # begun in this global batch
         self.messages = self.bytes_sent = 0  # of this global batch
+        self._begun = 0  # global batches so far, given up or not
+        self._open = False  # whether one was begun, or announced, that is not over
+        self._messages_before = 0  # of the last one that was committed
+        self._given_up: list[tuple[Tensor, Any]] = []  # messages of one that was not
         self._pools: list[Pool] = []
         self._moving: set[int] = set()
-        self._routed: int | None = None  # the router that counted last, by id
-        self._last: int | None = None  # the one that did so last in the micro-batch before
+        self._passes = 0  # of routers, in this micro-batch
+        self._passes_before = 0  # in the one before
         self._launched = self._finished = False
         self._hook: RemovableHandle | None = None
         self._flags: list[Tensor] = []
@@ -62,7 +83,7 @@ class WithinBatch:
         """Has every training pass of `chunk` begin a micro-batch: on every rank alike, whichever layers route in it."""
 
         def begin(module: nn.Module, *_: Any) -> None:
-            if module.training and torch.is_grad_enabled():
+            if is_first_pass(module.training):
                 self.begin_micro_batch()
 
         self._hook = chunk.register_forward_pre_hook(begin)
@@ -76,6 +97,12 @@ class WithinBatch:
         for router in self.routers:
             if router.within_batch is self:
                 router.within_batch = None
+
+    @torch.no_grad()
+    def open(self) -> None:
+        """A global batch is about to begin, on all ranks; one that was open has been given up."""
+        self.end(committed=False)
+        self._open = True
 
     # -- called in forward passes -------------------------------------------------------------------------------------
 
@@ -97,9 +124,9 @@ class WithinBatch:
 
     @torch.no_grad()
     def end_pass(self, router: Any) -> None:
-        """The router has counted its tokens; the message goes where the last one did so in the micro-batch before."""
-        self._routed = id(router)
-        if self._routed == self._last and self.micro_batches and not self._launched:
+        """A router has counted its tokens; the message goes after as many as there were in the micro-batch before."""
+        self._passes += 1
+        if self._passes == self._passes_before and self.micro_batches and not self._launched:
             self._launch()
 
     # -- called by the balancer ----------------------------------------------------------------------------------------
@@ -120,7 +147,7 @@ class WithinBatch:
             self._begin()  # other ranks may have had some
         self._refuse_uneven(0)
         self._launch(final=True)
-        self._take(is_last=True)
+        self._take(is_last=True, left_over=True)
         self._refuse_uneven(1 if not dist.is_initialized() else dist.get_world_size(self.group))
 
     def shown(self, routers: Sequence[Any]) -> Shown | None:
@@ -141,25 +168,38 @@ class WithinBatch:
 
     @torch.no_grad()
     def end(self, committed: bool) -> None:
-        """The global batch is over, or was given up; what is under way is awaited and forgotten."""
-        if self._sum is not None and self._sum[1] is not None:
-            self._sum[1].wait()
+        """The global batch is over, or was given up; what is under way is forgotten.
+
+        Ranks may give one up at different micro-batches. Each sends as many messages as the one before had, empty ones
+        for those that it came not to: the next one finds all ranks at the same message.
+        """
         if committed:
+            self._messages_before = self.messages
             for pool in self._pools:
                 for router in pool.routers:
                     router.alf_micro_batches.fill_(self.micro_batches)
+        elif self._open:
+            if not self._pools:
+                self._begin()
+            self._given_up = [self._sum] if self._sum is not None else []  # held until they have arrived
+            while self.messages < self._messages_before:
+                self._launch(empty=True)
+                self._given_up += [self._sum] if self._sum is not None else []
         self.micro_batches = self.messages = self.bytes_sent = 0
         self._sum, self._launched, self._finished = None, False, False
-        self._pools, self._flags = [], []
+        self._pools, self._flags, self._open = [], [], False
         self._moving = set()
 
     # -- one micro-batch -----------------------------------------------------------------------------------------------
 
     def _begin(self) -> None:
+        self._begun += 1
+        self._open = True
         for config, rows in alike(self.routers):
             routers = [self.routers[row] for row in rows]
             price_LE, n_L1, state = stacked_state(routers)
-            before_L1 = torch.stack([router.alf_micro_batches for router in routers]).clamp(min=1)
+            before_L1 = torch.stack([router.alf_micro_batches for router in routers])
+            before_L1 = torch.where(before_L1 > 0, before_L1, routers[0].micro_batches_told())
             pool = Pool(config, routers, price_LE, n_L1, state, before_L1, sent=torch.empty(0))
             pool.sent = pool.counted()
             self._pools.append(pool)
@@ -172,37 +212,43 @@ class WithinBatch:
         if not self._launched:
             self._launch()
         self._take(is_last)
-        self._last = self._routed
+        self._passes_before, self._passes = self._passes, 0
 
-    def _launch(self, final: bool = False) -> None:
+    def _launch(self, final: bool = False, empty: bool = False) -> None:
         parts = []
         for pool in self._pools:
-            now = pool.counted()
+            now = pool.sent if empty else pool.counted()
             parts.append(now - pool.sent)
             pool.sent = now
         device = self.routers[0].expert_bias.device
-        flat = torch.cat([*parts, torch.full((1,), int(final), dtype=torch.int32, device=device)])
+        said = (int(final), self._begun % BEGUN)
+        flat = torch.cat([*parts, *(torch.full((1,), one, dtype=torch.int32, device=device) for one in said)])
         alone = not dist.is_initialized() or dist.get_world_size(self.group) == 1
         work = None if alone else dist.all_reduce(flat, group=self.group, async_op=True)
         self.messages += 1
         self.bytes_sent += flat.numel() * flat.element_size()
         self._sum, self._launched = (flat, work), True
 
-    def _take(self, is_last: bool) -> None:
+    def _take(self, is_last: bool, left_over: bool = False) -> None:
         assert self._sum is not None
         (flat, work), self._sum = self._sum, None
         if work is not None:
             work.wait()
-        self._flags.append(flat[-1:])
-        parts = flat[:-1].split([pool.sent.numel() for pool in self._pools])
+        self._flags.append(flat[-2:])
+        parts = flat[:-2].split([pool.sent.numel() for pool in self._pools])
         for pool, part in zip(self._pools, parts, strict=True):
-            pool.take(part, is_last)
+            pool.take(part, is_last, left_over)
 
-    def _refuse_uneven(self, expected: int) -> None:
-        if int(torch.cat(self._flags).sum() if self._flags else 0) != expected:
+    def _refuse_uneven(self, last: int) -> None:
+        """Refuses unless so many ranks have said "the last", and all speak of the same global batch."""
+        if not self._flags:
+            return
+        ranks = 1 if not dist.is_initialized() else dist.get_world_size(self.group)
+        finals, begun = torch.stack(self._flags).unbind(1)
+        if int((finals.sum() - last).abs() + (begun != ranks * (self._begun % BEGUN)).sum()):
             raise SettingError(
                 f"--{PREFIX}update-every",
                 "micro-batch",
-                "needs as many micro-batches on every rank of a pipeline stage, and ranks differ in this global batch; "
-                "with dynamic batch sizes use global-batch",
+                "needs as many micro-batches on every rank of a pipeline stage, and ranks differ in this global batch, "
+                "or where they gave up one before; with dynamic batch sizes use global-batch",
             )

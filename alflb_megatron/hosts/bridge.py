@@ -36,9 +36,10 @@ from megatron.bridge.training.callbacks import Callback, CallbackContext
 from megatron.bridge.utils import instantiate_utils
 from megatron.core import parallel_state
 
-from alflb_megatron.hosts.core import watch_loads, with_alflb
+from alflb_megatron.hosts.core import with_alflb
 from alflb_megatron.hosts.enable import update_everywhere
 from alflb_megatron.hosts.log import balance_metrics, log_line, writer_metrics
+from alflb_megatron.hosts.watch import watch_loads
 from alflb_megatron.router_state import STATE_PREFIX
 
 Provider = TypeVar("Provider")

@@ -33,7 +33,7 @@ from alflb_megatron.hosts.patching import Patch
 from alflb_megatron.hosts.routers import NamedRouter, bare, labels, named_routers
 from alflb_megatron.loads import LoadCounter, reset
 from alflb_megatron.router import ALFRouter
-from alflb_megatron.within_batch import WithinBatch
+from alflb_megatron.within_batch import WithinBatch, attach_again, may_move
 
 logger = logging.getLogger(__name__)
 
@@ -170,7 +170,7 @@ def _one_group(found: Sequence[NamedRouter]) -> dist.ProcessGroup | None:
 
 def move_within_batch(chunk: nn.Module, group: dist.ProcessGroup | None = None) -> None:
     """Has the micro-batches of a chunk move the biases of those of its routers that are set so, over `group`."""
-    routers = [module for module in chunk.modules() if isinstance(module, ALFRouter) and module.moves_within_batch]
+    routers = [module for module in chunk.modules() if isinstance(module, ALFRouter) and may_move(module)]
     before = {router.within_batch for router in routers if router.within_batch is not None}
     if len(before) == 1 and (one := next(iter(before))).routers == routers and group in (None, one.group):
         return
@@ -189,6 +189,7 @@ def existing_balancer(chunk: nn.Module) -> Balancer | None:
 # -- a global batch that ends early -----------------------------------------------------------------------------------
 
 _zeroing: list[Patch] = []
+_being_zeroed: list[nn.Module] = []
 _wanting: set[str] = set()
 
 
@@ -215,20 +216,29 @@ def forget_with_gradients_no_more(mode: str) -> None:
 
 def _forgetting(original: Callable[..., Any]) -> Callable[..., Any]:
     def zero_grad_buffer(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        modules = list(self.modules())
-        counters = [module for module in modules if isinstance(module, LoadCounter)]
-        for balancer in _BALANCERS.values() if counters else ():
-            if any(router.load_counter is counter for router in balancer.routers for counter in counters):
-                balancer.withdraw()
-        reset(counters)
-        routers = [module for module in modules if isinstance(module, ALFRouter)]
-        for within in [router.within_batch for router in routers if router.within_batch is not None]:
-            within.end(committed=False)
-        rerun.remember(routers)
-        move_within_batch(self)  # before the first forward pass of the first global batch
-        return original(self, *args, **kwargs)
+        if not _being_zeroed:  # else a wrapper calls the method of what it wraps
+            _begin_global_batch(self)
+        _being_zeroed.append(self)
+        try:
+            return original(self, *args, **kwargs)
+        finally:
+            _being_zeroed.pop()
 
     return zero_grad_buffer
+
+
+def _begin_global_batch(chunk: nn.Module) -> None:
+    counters = [module for module in chunk.modules() if isinstance(module, LoadCounter)]
+    routers = [module for module in chunk.modules() if isinstance(module, ALFRouter)]
+    for balancer in _BALANCERS.values() if counters else ():
+        if any(router.load_counter is counter for router in balancer.routers for counter in counters):
+            balancer.withdraw()
+            balancer.forgotten |= any(counter.passes for counter in counters)
+    reset(counters)
+    for within in {router.within_batch for router in routers if router.within_batch is not None}:
+        within.open()
+    rerun.remember(routers)
+    move_within_batch(chunk)  # before the first forward pass of the first global batch
 
 
 # -- where a trainer lets itself be told what to call ----------------------------------------------------------------
@@ -245,6 +255,7 @@ def update_hook(
         return finalize
 
     def alflb_finalize_model_grads(model: list[nn.Module], *args: Any, **kwargs: Any) -> Any:
+        attach_again(module for chunk in model for module in chunk.modules() if isinstance(module, ALFRouter))
         balancer = balancer_of(model, group)
         balancer.launch()
         try:
@@ -270,27 +281,3 @@ def install(config: Any, group: dist.ProcessGroup | None = None) -> None:
     """
     forget_with_gradients("install")
     config.finalize_model_grads_func = update_hook(config.finalize_model_grads_func or finalize_model_grads, group)
-
-
-# -- watching a router that is not ours --------------------------------------------------------------------------------
-
-
-def watch_loads(model: Sequence[nn.Module]) -> Balancer:
-    """Counts the loads of Megatron-Core's own routers in `model`, for measurement; nothing of them is changed.
-
-    Their routing map is what can be seen from outside, so under a capacity factor these are loads after dropping.
-    """
-    for chunk in model:
-        for router in [module for module in chunk.modules() if isinstance(module, TopKRouter)]:
-            if "load_counter" in router._modules:
-                continue
-            router.alf = None
-            router.load_counter = LoadCounter(router.num_experts, device=router.weight.device)
-            router.register_forward_hook(_count_routing_map, with_kwargs=True)
-    return balancer_of(model)
-
-
-def _count_routing_map(router: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-    if router.load_counter.is_counting(router.training):
-        padding = args[1] if len(args) > 1 else kwargs.get("padding_mask")
-        router.load_counter.observe_map(output[1], None if padding is None else ~padding.reshape(-1))

@@ -30,7 +30,7 @@ from alflb_megatron.hosts.core import (
 )
 from alflb_megatron.hosts.patching import Patch
 from alflb_megatron.loads import LoadAllReduce, reset_all
-from alflb_megatron.within_batch import detach_all
+from alflb_megatron.within_batch import attach_again, detach_all
 
 logger = logging.getLogger(__name__)
 
@@ -79,6 +79,7 @@ def update_everywhere() -> None:
     if _updating:
         return
     reset_all()  # what routers counted while nothing updated them
+    attach_again()
     try:
         forget_with_gradients("enable")
         for owner, name, wrap in (

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import pytest
@@ -153,6 +155,30 @@ def _not_zeroed(enabled: bool) -> list[int]:
 def test_nor_where_gradients_are_not_zeroed(enabled: bool) -> None:
     (found,) = ranks.run(1, _not_zeroed, enabled)
     assert found == [128, 256, 128]
+
+
+def _zeroed_after_forward(**alf: Any) -> tuple[int, list[str]]:
+    """Forward, gradients zeroed, backward: as many loops for torch have it. The loads, and what is said."""
+    records: list[logging.LogRecord] = []
+    handler = logging.Handler()
+    handler.emit = records.append  # type: ignore[method-assign]
+    logging.getLogger("alflb_megatron").addHandler(handler)
+    with _training(True, alf=alf) as trainer:
+        (chunk,) = trainer.chunks
+        trainer.step(2)
+        for _ in range(2):
+            output, loss_of = trainer.runner._forward_step(iter(jobs.batches(trainer.runner.plan, 0, 0)), chunk)
+            chunk.zero_grad_buffer()
+            loss_of(output)[0].backward()
+            finalize_model_grads([chunk])
+        return trainer.loads(), [record.getMessage() for record in records]
+
+
+@pytest.mark.parametrize("alf", [{}, {"update_every": "micro-batch"}])
+def test_loads_that_are_forgotten_with_the_gradients_of_the_same_batch_are_said_once(alf: dict[str, Any]) -> None:
+    ((loads, said),) = ranks.run(1, partial(_zeroed_after_forward, **alf))
+    assert loads == 0
+    assert len([line for line in said if "Zero gradients before the first forward pass" in line]) == 1
 
 
 def _rerun(enabled: bool, report: bool, fatal: bool, every: str) -> dict[str, Any]:

@@ -90,6 +90,45 @@ def test_kinds_of_recomputation_may_be_mixed_in_a_global_batch() -> None:
     assert ranks.run(1, _mixed) == [len(KINDS) * 128 * 2]
 
 
+def _without_gradients(grad: bool) -> dict[str, int]:
+    """Tokens counted of a pass in training mode, gradients off around each kind of recomputation."""
+    found = {}
+    with ranks.model_parallel():
+        router = _router({"rule": "sign"})
+        for kind in KINDS:
+            with torch.no_grad():
+                kind(router, _hidden().requires_grad_(grad))  # a later pipeline stage's input asks for gradients
+            found[kind.__name__] = int(router.load_counter.tokens_per_expert.sum())
+    return found
+
+
+@pytest.mark.parametrize("grad", [False, True])
+def test_passes_that_no_backward_pass_follows_are_not_counted(grad: bool) -> None:
+    (found,) = ranks.run(1, _without_gradients, grad)
+    assert found == {kind.__name__: 0 for kind in KINDS}
+
+
+def _nan_while_evaluating() -> tuple[int, bool]:
+    from alflb_megatron.loads import counting_all_passes
+
+    with ranks.model_parallel():
+        router = _router({"rule": "sign"})
+        balancer = _balancer(router)
+        router(_hidden())
+        broken = _hidden()
+        broken[3, 1] = float("nan")
+        with counting_all_passes([router.load_counter]), torch.no_grad():
+            router(broken)
+        router(_hidden())
+        balancer.launch()
+        record = balancer.commit()
+        return int(record.loads[0].sum()), bool(record.rejected.any())
+
+
+def test_a_score_that_is_not_finite_in_an_evaluation_refuses_no_update() -> None:
+    assert ranks.run(1, _nan_while_evaluating) == [(512, False)]
+
+
 # -- router replay ----------------------------------------------------------------------------------------------------
 
 

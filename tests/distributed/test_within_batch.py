@@ -441,3 +441,137 @@ def _many_small_scores(experts: int) -> tuple[float, float]:
 def test_small_scores_of_many_experts_are_told_apart() -> None:
     ((micro, whole),) = ranks.run(1, _many_small_scores, 256)
     assert micro < 1.1 * whole
+
+
+# -- what a fresh reader tried -----------------------------------------------------------------------------------------
+
+
+def _moves(order: str, checkpointed: str = "") -> list[tuple[list[float], int]]:
+    """The largest move of each router's bias in each of three global batches of two micro-batches; how many there were.
+
+    `checkpointed`: what stands around the whole chunk.
+    """
+    from torch.utils.checkpoint import checkpoint
+
+    from alflb_megatron.hosts.core import balancer_of
+    from tests.distributed.test_router import _hidden
+
+    with ranks.model_parallel():
+        model = _Layers(centring=False)
+        balancer = balancer_of([model])
+        found = []
+        for step in range(3):
+            before = [router.expert_bias.clone() for router in model.routers]
+            for number in range(2):
+                hidden = _hidden(10 * step + number).requires_grad_()
+                reentrant = {"use_reentrant": checkpointed == "reentrant"}
+                output = checkpoint(model, hidden, order, **reentrant) if checkpointed else model(hidden, order)
+                output.backward()
+            balancer.launch()
+            record = balancer.commit()
+            moved = [float((r.expert_bias - old).abs().max()) for r, old in zip(model.routers, before, strict=True)]
+            found.append(([round(move, 6) for move in moved], record.micro_batches.count))
+        return found
+
+
+@pytest.mark.parametrize("order", ["abb", "abab", "aab"])
+def test_a_router_that_is_called_twice_in_a_micro_batch_takes_one_step_for_it(order: str) -> None:
+    """The first global batch has no M yet: each of its micro-batches takes a whole step."""
+    (found,) = ranks.run(1, _moves, order)
+    assert [count for _, count in found] == [2, 2, 2]
+    assert all(move <= 0.01 + 1e-6 for moves, _ in found[1:] for move in moves)
+
+
+@pytest.mark.parametrize("kind", ["reentrant", "non-reentrant"])
+def test_a_checkpoint_around_the_whole_chunk_changes_nothing(kind: str) -> None:
+    assert ranks.run(1, _moves, "ab", kind) == ranks.run(1, _moves, "ab")
+
+
+def _told() -> list[float]:
+    """The largest move of the first global batch, of four micro-batches, by sign."""
+    from alflb_megatron.lab.training import build
+
+    plan = jobs.plan({"rule": "sign", "nproc": 1, "global_batch_size": 8}, centring=False, step_size=0.01, **MICRO)
+    with ranks.model_parallel():
+        build.tell_micro_batches(plan.job)
+        runner = jobs.Runner(plan)
+        runner.step(0)
+        return [float(router.expert_bias.abs().max()) for router in runner.routers]
+
+
+def test_the_first_global_batch_takes_the_steps_of_as_many_micro_batches_as_megatron_core_was_told() -> None:
+    (moves,) = ranks.run(1, _told)
+    assert all(0 < move <= 0.01 + 1e-6 for move in moves)
+
+
+def _given_up_unevenly(after: tuple[int, int], micro_batches: int) -> list[Any]:
+    """Loads of steps after one that two data-parallel ranks gave up at other micro-batches, both going on."""
+    from tests.distributed import test_abandoned
+
+    rank = torch.distributed.get_rank()
+    with test_abandoned._training(True, nproc=2, alf=MICRO) as trainer:
+        trainer.step(3)
+        trainer.step(3)
+        with (
+            pytest.raises(test_abandoned.Failed),
+            test_abandoned._failing(trainer.runner, "_forward_step", after=after[rank]),
+        ):
+            trainer.step(3)
+        found = []
+        for _ in range(3):
+            trainer.step(micro_batches)
+            found.append((trainer.loads(), trainer.n()))
+        return found
+
+
+@pytest.mark.parametrize("micro_batches", [1, 3])
+@pytest.mark.parametrize("after", [(0, 2), (1, 2), (2, 0)])
+def test_ranks_may_give_a_batch_up_at_other_micro_batches(after: tuple[int, int], micro_batches: int) -> None:
+    """None waits for the other, and each of the next batches is counted with its own."""
+    right = [(256 * micro_batches, 2 + step) for step in (1, 2, 3)]
+    assert ranks.run(2, _given_up_unevenly, after, micro_batches) == [right, right]
+
+
+def _left_to_the_price() -> dict[str, Any]:
+    """`disable()` between forward and backward of a recomputed layer, and where `install` serves another model."""
+    from types import SimpleNamespace
+
+    import alflb_megatron
+    from alflb_megatron.balancer import Balancer
+    from alflb_megatron.hosts.core import install
+    from alflb_megatron.within_batch import WithinBatch
+    from tests.distributed import test_abandoned
+    from tests.distributed.test_identity import _routers
+    from tests.distributed.test_places import KINDS
+    from tests.distributed.test_router import _hidden, _router
+
+    same = []
+    with ranks.model_parallel():
+        for kind in KINDS[1:]:
+            router = _router({"rule": "sign", "step_size": 0.05, **MICRO})
+            within = WithinBatch([router], router.tp_dp_cp_group)
+            Balancer([router], [1], router.tp_dp_cp_group)
+            maps: list[torch.Tensor] = []
+            router.register_forward_hook(lambda _, __, output, maps=maps: maps.append(output[1].clone()))
+            for number in range(4):
+                within.begin_micro_batch()
+                maps.clear()
+                loss = kind(router, _hidden(number).requires_grad_()).square().sum()
+            first = maps[0]
+            alflb_megatron.disable()
+            loss.backward()
+            same.append(all(torch.equal(chosen, first) for chosen in maps))
+    with test_abandoned._training(True, alf=MICRO) as trainer:
+        install(SimpleNamespace(finalize_model_grads_func=None))
+        trainer.step(4)
+        (router,) = _routers(trainer.chunks[0]).values()
+        alflb_megatron.disable()
+        price = router.expert_bias.clone()
+        trainer.step(4)
+        moved = router.within_batch is not None or not torch.equal(router.expert_bias, price)
+    return {"same": same, "moved": moved}
+
+
+def test_a_router_that_is_left_to_its_price_recomputes_as_it_routed_and_stays_there() -> None:
+    (found,) = ranks.run(1, _left_to_the_price)
+    assert all(found["same"]) and len(found["same"]) == 6 and not found["moved"]

@@ -23,6 +23,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from alflb_megatron.balancer import Balancer
 from alflb_megatron.hosts import core, cpu
 from alflb_megatron.hosts.cpu.norm import use_plain_norm
+from alflb_megatron.hosts.watch import watch_loads
 from alflb_megatron.lab.training.job import Job, Plan
 from alflb_megatron.lab.training.optimizer import DTYPES, optimizer_config, optimizer_param_scheduler
 from alflb_megatron.settings import SettingError
@@ -179,7 +180,7 @@ def setup_model_and_optimizer(plan: Plan) -> ModelSetup:
     for chunk in chunks:
         chunk.broadcast_params()
     config.finalize_model_grads_func = finalize_model_grads
-    balancer = core.watch_loads(chunks) if plan.alf is None else core.balancer_of(chunks)
+    balancer = watch_loads(chunks) if plan.alf is None else core.balancer_of(chunks)
     core.install(config)
     optimizer = get_megatron_optimizer(optimizer_config(job), chunks)
     config.grad_scale_func = optimizer.scale_loss
