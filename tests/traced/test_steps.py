@@ -30,7 +30,9 @@ def test_one_all_reduce_a_step_in_place_of_megatron_cores(world: int, sizes: dic
     theirs = 4 * layers * experts  # loads in float32
     loads = 8 * layers * (experts + 1)  # and whether a score was not finite
     margins = 4 * layers * (experts + 1 + experts * BINS)
-    micro_batch = 4 * layers * (experts + 2 + experts * near_ties.BINS) + 4  # also dictated choices; "the last"
+    micro_batch = (
+        4 * layers * (experts + 2 + experts * near_ties.BINS) + 8
+    )  # also dictated choices; which and whether last
     rest = all_reduces(OWN, theirs)
     assert len(all_reduces(OWN)) == len(rest) + 1
     for row, size in ((SIGN, loads), (ADAPTIVE, margins)):
