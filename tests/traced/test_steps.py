@@ -32,7 +32,7 @@ def test_one_all_reduce_a_step_in_place_of_megatron_cores(world: int, sizes: dic
     margins = 4 * layers * (experts + 1 + experts * BINS)
     micro_batch = (
         4 * layers * (experts + 2 + experts * near_ties.BINS) + 8
-    )  # also dictated choices; which and whether last
+    )  # dictated choices; which batch, whether last
     rest = all_reduces(OWN, theirs)
     assert len(all_reduces(OWN)) == len(rest) + 1
     for row, size in ((SIGN, loads), (ADAPTIVE, margins)):
