@@ -16,7 +16,8 @@ VENV = .venv
 HOSTS = .venv-hosts
 LAUNCH = .venv-launch
 LATEST = .venv-latest
-PIP = -m pip install --quiet --disable-pip-version-check
+# Most of what is installed is never imported: compiled when it is.
+PIP = -m pip install --quiet --disable-pip-version-check --no-compile
 ARGS ?=
 # What may differ with the version of Megatron-Core, SciPy or Python, or with torch's build.
 ON_LATEST = tests/test_routing.py tests/test_margins.py tests/test_near_ties.py tests/test_loads.py tests/test_alarms.py tests/rules \

@@ -61,7 +61,7 @@ def section(name: str, table: Callable[[dict[str, Any]], str] | None = None) -> 
     """A benchmark's table and how it was made, or that it is not measured."""
     found = results(name)
     if found is None:
-        return f"Not measured (`benchmarks/results/{name}.json` is not there)."
+        return f"Not measured. To measure: `python -m benchmarks.{name.partition('-')[0]}`."
     return f"{table(found) if table else ''}\n\n{made(found)}"
 
 
