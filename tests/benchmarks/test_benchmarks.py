@@ -124,7 +124,7 @@ def write_run(out, mode, seed, vio, loss, vio_global):
         run.write_summary({
             "rule": options["rule"], **summarise(run.records()), "validation_loss": loss,
             "maxvio_global_mean": vio_global, "maxvio_global_max": vio_global, "validation_loads": [[1, 1, 1, 1]],
-            "checkpoint": None, "run": str(folder),
+            "sequence_floor": None, "checkpoint": None, "run": str(folder),
         })  # fmt: skip
     return options, folder
 

@@ -195,7 +195,8 @@ def run(tmp_path):
             })  # fmt: skip
         run.write_summary({
             "rule": "sign", **summarise(run.records()), "validation_loss": 2.0, "maxvio_global_mean": 0.1,
-            "maxvio_global_max": 0.1, "validation_loads": [[1, 1, 1, 1]], "checkpoint": None, "run": str(folder),
+            "maxvio_global_max": 0.1, "validation_loads": [[1, 1, 1, 1]], "sequence_floor": None, "checkpoint": None,
+            "run": str(folder),
         })  # fmt: skip
     return folder, options, shape
 

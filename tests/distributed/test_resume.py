@@ -80,7 +80,7 @@ SAME = ("step", "loss", "lr", "grad_norm", "loads", "bias", "maxvio_mean", "maxv
 def interrupted(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """A run that went through, and one that was killed after its first checkpoint."""
     whole, killed = tmp_path_factory.mktemp("whole") / "run", tmp_path_factory.mktemp("killed") / "run"
-    _run(*_words(whole, *request.param))
+    _run(*_words(whole, *request.param), "--eval-interval", str(STEPS // 2))
     kill = _launch_and_kill if request.param == ["--ep", "2"] else _run_and_kill
     kill(killed, EVERY + 2, *_words(killed, *request.param))
     return whole, killed
@@ -99,6 +99,11 @@ def test_resumed_on_the_same_split_it_is_the_same_run(interrupted: tuple[Path, P
     summaries = [json.loads((folder / "summary.json").read_text()) for folder in (killed, whole)]
     assert summaries[0]["validation_loss"] == summaries[1]["validation_loss"]
     assert summaries[0]["validation_loads"] == summaries[1]["validation_loads"]
+    # The one was evaluated on its way and the other was not, which leaves no trace in any of the above.
+    evaluated = {step["step"]: step["validation"] for step in _metrics(whole) if "validation" in step}
+    assert list(evaluated) == [STEPS // 2, STEPS]
+    assert evaluated[STEPS] == {name: summaries[1][name] for name in evaluated[STEPS]} != evaluated[STEPS // 2]
+    assert not any("validation" in step for step in _metrics(killed))
 
 
 def _other_split(whole: Path, killed: Path, settings: dict[str, Any]) -> None:

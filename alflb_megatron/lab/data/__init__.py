@@ -19,6 +19,8 @@ How data walks through the room, a module a step. `alflb data prepare` makes tok
 `open_data` takes the value of `--data` and returns the training and the validation split, one `TextData` each:
 
 - `stdlib`: the source text of the running Python's standard library, one token a byte (256 tokens);
+- `package:NAME==VERSION`: that of an installed package, say `package:sympy==1.14.0`, which comes with torch; the
+  version may be left out;
 - a text file or a folder of text files, also one token a byte;
 - the PREFIX of Megatron's own indexed dataset (`PREFIX.bin` and `PREFIX.idx`), read by Megatron-Core's `GPTDataset`.
 
@@ -61,11 +63,11 @@ def open_data(
 ) -> tuple[TextData, TextData]:
     """Opens `--data`: the training and the validation split, with no text in common.
 
-    Of a folder (and of stdlib) about one file in 20 is validation, chosen by the SHA-256 of its relative path; of a
-    single file the last 5 % of its bytes; of an indexed dataset the last 5 % of its sequences, as `--split 95,5,0` of
-    Megatron-LM takes them. In a folder, hidden files and folders are passed over; files that are not UTF-8 text, or
-    that hold a zero byte, are left out and counted in `description`. Texts are joined by one zero byte and held in
-    memory, one copy a process.
+    Of a folder (and of stdlib and packages) about one file in 20 is validation, chosen by the SHA-256 of its
+    relative path; of a single file the last 5 % of its bytes; of an indexed dataset the last 5 % of its sequences,
+    as `--split 95,5,0` of Megatron-LM takes them. In a folder, hidden files and folders are passed over; files that
+    are not UTF-8 text, or that hold a zero byte, are left out and counted in `description`. Texts are joined by one
+    zero byte and held in memory, one copy a process.
 
     The order depends on `seed` and on nothing of the run's length; `train_samples` and `validation_samples` only put
     into `description` how many times the run reads the split. The first epoch of an indexed dataset has Megatron-LM's

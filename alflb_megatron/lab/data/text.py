@@ -1,8 +1,10 @@
-"""Text read byte by byte: the standard library, a file, a folder."""
+"""Text read byte by byte: the standard library, an installed package, a file, a folder."""
 
 from __future__ import annotations
 
 import hashlib
+import importlib.metadata
+import importlib.util
 import os
 import platform
 import sysconfig
@@ -24,7 +26,11 @@ from alflb_megatron.lab.data.samples import (
 from alflb_megatron.settings import SettingError
 
 BYTE_VOCABULARY = 256
-SOURCES = "must be stdlib, a UTF-8 text file, a folder of such files, or the PREFIX of PREFIX.bin and PREFIX.idx"
+PACKAGE = "package:"
+SOURCES = (
+    "must be stdlib, package:NAME==VERSION, a UTF-8 text file, a folder of such files, "
+    "or the PREFIX of PREFIX.bin and PREFIX.idx"
+)
 
 # Tests are left out because several distributions package them apart, and because they hold malformed sources and
 # generated tables; `config-*` and `_sysconfigdata*` because they record how one machine built its Python.
@@ -74,6 +80,9 @@ def _read(source: str) -> tuple[tuple[bytes, bytes], str]:
     if source == "stdlib":
         root = Path(sysconfig.get_path("stdlib"))
         return _read_folder(source, root, _left_out_of_stdlib, ".py", f"Python {platform.python_version()}'s library")
+    if source.startswith(PACKAGE):
+        root, title = _package(source)
+        return _read_folder(source, root, _left_out_of_stdlib, ".py", title)
     path = Path(source).expanduser()
     if not source or not path.exists():
         raise SettingError("--data", source, f"no such file or folder; {SOURCES}")
@@ -83,6 +92,24 @@ def _read(source: str) -> tuple[tuple[bytes, bytes], str]:
     if text is None:
         raise SettingError("--data", source, f"not UTF-8 text (undecodable, or with a zero byte); {SOURCES}")
     return _by_position(text), source
+
+
+def _package(source: str) -> tuple[Path, str]:
+    """The folder of an installed package, which is imported under its distribution's name, and what it is in words.
+
+    A source without a version takes the one that is installed.
+    """
+    name, _, version = source.removeprefix(PACKAGE).partition("==")
+    try:
+        found = importlib.util.find_spec(name) if name.isidentifier() else None
+        installed = importlib.metadata.version(name) if found else ""
+    except (ImportError, ValueError):
+        found, installed = None, ""
+    if found is None or not found.submodule_search_locations:
+        raise SettingError("--data", source, "no such package is installed: " + SOURCES)
+    if version not in ("", installed):
+        raise SettingError("--data", source, f"{name} {installed} is installed, which is another text")
+    return Path(found.submodule_search_locations[0]), f"{name} {installed}"
 
 
 def _by_position(text: bytes) -> tuple[bytes, bytes]:

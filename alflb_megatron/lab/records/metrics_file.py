@@ -31,7 +31,8 @@ STEP_KEYS = (
     "loads",  # one row of int counts a MoE layer
 )  # and, where there are such things: aux_loss; bias, one row of floats a MoE layer; and where the
 # micro-batches of this global batch move the bias, maxvio_micro_mean and maxvio_micro_worst, their MaxVio, and
-# overload_micro_worst, the load of the fullest expert-parallel rank over the mean rank's in the worst of them
+# overload_micro_worst, the load of the fullest expert-parallel rank over the mean rank's in the worst of them; and at
+# the steps that are evaluated, validation, with summary.json's figures of the validation set
 
 
 class HalfWrittenLine(UserWarning):

@@ -6,8 +6,8 @@ import csv
 import io
 import math
 import statistics
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -53,8 +53,19 @@ COLUMNS = {
     "megatron_core": "version",
     "torch": "version",
     "revision": "commit of this package, -dirty if changed; empty where there is none",
+    "label": "what tells the run from others of the same model, gate, rule and step size",
+    "sequence_floor": "floor of a global batch of whole sequences at the last weights, mean over layers",
+    "steps_to_2x_sequence_floor": "first step from which MaxVio stays within twice it; empty for never",
+    "evaluated": "the steps after which the validation set was evaluated",
+    "maxvio_global_curve": "maxvio_global there",
+    "sequence_floor_curve": "sequence_floor there",
+    "validation_loss_curve": "validation_loss there",
 }
 """The columns of results.csv."""
+
+ADDED = ("label", "sequence_floor", "steps_to_2x_sequence_floor", "evaluated", "maxvio_global_curve",
+         "sequence_floor_curve", "validation_loss_curve")  # fmt: skip
+"""Columns that files made before there were such figures lack, from the first of these on."""
 
 
 def means_over_stretches(values: Sequence[float], points: int = POINTS) -> list[float]:
@@ -73,7 +84,7 @@ def _perplexity(loss: float) -> float:
 def _row(run: Run, out: Path, sweep: Sweep) -> dict[str, Any]:
     folder = out / run.name
     config, summary = read_json(folder / "config.json"), read_json(folder / "summary.json")
-    maxvio, losses, certificates, certified, floor = [], [], [], 0, math.nan
+    maxvio, losses, certificates, certified, floor, evaluated = [], [], [], 0, math.nan, {}
     for step in read_metrics(folder):
         maxvio.append(step["maxvio_mean"])
         losses.append(step["loss"])
@@ -81,6 +92,8 @@ def _row(run: Run, out: Path, sweep: Sweep) -> dict[str, Any]:
         if rows := step.get("certificates"):
             certificates += rows
             certified += 1
+        if "validation" in step:
+            evaluated[step["step"]] = step["validation"]
     if len(maxvio) != run.plan.job.steps:
         raise SettingError("RUN", run.name, f"has records of {len(maxvio)} of its {run.plan.job.steps} steps")
     moduli = [row["modulus"] for row in certificates if row["modulus"] is not None]
@@ -124,7 +137,41 @@ def _row(run: Run, out: Path, sweep: Sweep) -> dict[str, Any]:
         "megatron_core": config["versions"]["megatron-core"],
         "torch": config["versions"]["torch"],
         "revision": config["git_revision"],
+        "label": run.label,
+        "sequence_floor": summary.get("sequence_floor"),
+        "steps_to_2x_sequence_floor": summary.get("steps_to_2x_sequence_floor"),
+        "evaluated": " ".join(map(str, evaluated)),
+        **{
+            f"{name}_curve": " ".join(f"{_number(found[key]):.5g}" for found in evaluated.values())
+            for name, key in _EVALUATED.items()
+        },
     }
+
+
+_EVALUATED = {
+    "maxvio_global": "maxvio_global_mean",
+    "sequence_floor": "sequence_floor",
+    "validation_loss": "validation_loss",
+}
+
+
+def _number(value: float | None) -> float:
+    return math.nan if value is None else value
+
+
+def finished(sweep: Sweep, out: Path) -> Sweep:
+    """The part of a sweep that has finished in `out`: those runs, and the pairs of them."""
+    return part(sweep, [run.name for run in sweep.runs if state_of(run, out).kind == DONE])
+
+
+def part(sweep: Sweep, names: Collection[str]) -> Sweep:
+    """The runs of those names in the plan's order, and the pairs of which both have runs of the same seeds."""
+    runs = tuple(run for run in sweep.runs if run.name in names)
+    seeds: dict[str, set[int]] = {}
+    for run in runs:
+        seeds.setdefault(run.group, set()).add(run.plan.job.seed)
+    pairs = tuple((a, b) for a, b in sweep.compare if seeds.get(a, set()) & seeds.get(b, set()))
+    return replace(sweep, runs=runs, compare=pairs)
 
 
 def collect(sweep: Sweep, out: Path) -> list[dict[str, Any]]:
@@ -168,9 +215,9 @@ def as_csv(rows: Sequence[Mapping[str, Any]]) -> str:
     return text.getvalue()
 
 
-_TEXT = {"run", "group", "model", "gate", "rule", "megatron_core", "torch", "revision"}
-_WHOLE = {"seed", "steps", "tokens", "parameters", "active", "certified"}
-_CURVES = {"maxvio_curve", "loss_curve"}
+_TEXT = {"run", "group", "model", "gate", "rule", "megatron_core", "torch", "revision", "label"}
+_WHOLE = {"seed", "steps", "tokens", "parameters", "active", "certified", "steps_to_2x_sequence_floor"}
+_CURVES = {"evaluated", *(name for name in COLUMNS if name.endswith("_curve"))}
 
 
 def read_csv(path: Path) -> list[dict[str, Any]]:
@@ -179,9 +226,10 @@ def read_csv(path: Path) -> list[dict[str, Any]]:
         with path.open(encoding="utf-8", newline="") as file:
             reader = csv.DictReader(file, strict=True)
             rows = list(reader)
-            if reader.fieldnames != list(COLUMNS) or not rows:
+            older = [name for name in COLUMNS if name not in ADDED]
+            if reader.fieldnames not in (list(COLUMNS), older) or not rows:
                 raise ValueError("its columns are not those of a results.csv")
-            typed = [{name: _typed(name, row[name]) for name in COLUMNS} for row in rows]
+            typed = [{name: _typed(name, row.get(name, "")) for name in COLUMNS} for row in rows]
     except (OSError, ValueError, TypeError, csv.Error) as error:
         raise SettingError("--results", path, f"cannot be read: {error}") from None
     require_same_versions(typed, "--results", path)
@@ -191,6 +239,8 @@ def read_csv(path: Path) -> list[dict[str, Any]]:
 def _typed(name: str, text: str) -> Any:
     if name in _CURVES:
         return [float(word) for word in text.split()]
+    if name == "label":
+        return text
     if text == "":
         return None
     return text if name in _TEXT else int(text) if name in _WHOLE else float(text)

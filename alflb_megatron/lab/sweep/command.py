@@ -26,7 +26,7 @@ EXECUTORS = ("local", "slurm", "skypilot")
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the flags of the command to `parser`."""
     parser.add_argument("plan", metavar="PLAN", help="a YAML file, or the name of a plan that comes with the package")
-    parser.add_argument("--scale", default=FULL, help="full, mini or smoke (default: %(default)s)")
+    parser.add_argument("--scale", default=FULL, help="full, settled, mini or smoke (default: %(default)s)")
     parser.add_argument("--out", metavar="DIR", help="folder of runs and results (default: runs/PLAN-SCALE)")
     parser.add_argument("--data", help="training data of every run, instead of the plan's (as for `alflb train`)")
     parser.add_argument("--tokenizer", help="its tokenizer, likewise")
@@ -46,6 +46,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--resubmit", action="store_true", help="hand over again what did not finish; only once its jobs have ended"
     )
+    parser.add_argument(
+        "--finished", action="store_true", help="train nothing: tables and figures of the runs that have finished"
+    )
     parser.add_argument("--results", metavar="CSV", help="train nothing: tables and figures from this results.csv")
 
 
@@ -57,9 +60,15 @@ def run(flags: argparse.Namespace, arguments: Sequence[str] = ()) -> int:
     out = Path(flags.out or f"runs/{sweep.name}-{sweep.scale}")
     if flags.results:
         rows = collect.read_csv(Path(flags.results))
-        _check_rows(sweep, rows, flags.results)
+        sweep = _of_rows(sweep, rows, flags.results)
         out.mkdir(parents=True, exist_ok=True)
         write_results(sweep, rows, out)
+        return 0
+    if flags.finished:
+        done = collect.finished(sweep, out)
+        if not done.runs:
+            raise SettingError("--out", out, f"holds no finished run of {sweep.name} at scale {sweep.scale}")
+        _finish(done, out)
         return 0
     kind = flags.executor or sweep.executor.get("kind", "local")
     if kind not in EXECUTORS:
@@ -122,12 +131,15 @@ def write_results(sweep: Sweep, rows: Sequence[dict[str, Any]], out: Path) -> No
     print(f"{tables.results_table(rows)}\n\n{out / f'{sweep.name}.md'}")
 
 
-def _check_rows(sweep: Sweep, rows: Sequence[dict[str, Any]], source: str) -> None:
-    wanted, found = [one.name for one in sweep.runs], [row["run"] for row in rows]
-    if wanted != found:
-        missing = sorted(set(wanted) - set(found)) or sorted(set(found) - set(wanted)) or found
-        held = f"its runs are not those of {sweep.name} at scale {sweep.scale} (first: {missing[0]})"
+def _of_rows(sweep: Sweep, rows: Sequence[dict[str, Any]], source: str) -> Sweep:
+    """The runs of the sweep that the rows are of."""
+    found = [row["run"] for row in rows]
+    there = collect.part(sweep, found)
+    if [one.name for one in there.runs] != found:
+        other = sorted(set(found) - {one.name for one in there.runs}) or found
+        held = f"its runs are not those of {sweep.name} at scale {sweep.scale} (first: {other[0]})"
         raise SettingError("--results", source, held)
+    return there
 
 
 def estimate(sweep: Sweep) -> str:

@@ -45,14 +45,44 @@ def maxvio_over_steps(rows: Rows) -> Figure:
                 )
         floor = next(iter(groups.values()))[0]["maxvio_floor"]
         axes.axhline(floor, color="black", linestyle=(0, (5, 3)), linewidth=1, label="sampling floor")
-        log_y_axis(axes)
-        axes.set_xlim(left=0)
-        axes.set_title(f"{model}, {gate}", loc="left", fontsize=10.5)
-        axes.set_ylabel("MaxVio of a global batch")
-        axes.set_xlabel("training step")
-        style_axes(axes)
-        axes.legend(frameon=False, fontsize=8.5, loc="center left", bbox_to_anchor=(1, 0.5))
+        _sequence_floor(axes, [row for found in groups.values() for row in found])
+        _finish_course(axes, f"{model}, {gate}", "MaxVio of a global batch")
     return figure
+
+
+def maxvio_global_over_steps(rows: Rows) -> Figure:
+    """MaxVio of the loads over the whole validation set at the steps that were evaluated, mean over seeds."""
+    panels: dict[tuple[str, str], dict[str, list[Any]]] = {}
+    for group, found in rows_by_group(rows).items():
+        if evaluated := [row for row in found if row["evaluated"]]:
+            panels.setdefault((found[0]["model"], found[0]["gate"]), {})[group] = evaluated
+    figure = figure_class()(figsize=(WIDTH, 4.6 * len(panels)), dpi=DPI, layout="constrained")
+    for place, ((model, gate), groups) in enumerate(panels.items()):
+        axes = figure.add_subplot(len(panels), 1, place + 1)
+        for index, found in enumerate(groups.values()):
+            mean_N = np.mean([row["maxvio_global_curve"] for row in found], axis=0)
+            label = group_label(found[0])
+            axes.plot(found[0]["evaluated"], mean_N, marker="o", markersize=3.5, label=label, **_style(index))
+        _finish_course(axes, f"{model}, {gate}", "MaxVio_global of the validation set")
+    return figure
+
+
+def _sequence_floor(axes: Any, rows: Rows) -> None:
+    """The median over the runs of the sequence floor at the steps that were evaluated."""
+    if evaluated := [row for row in rows if row["evaluated"]]:
+        floors_N = np.nanmedian([row["sequence_floor_curve"] for row in evaluated], axis=0)
+        dotted = (0, (1, 1.5))
+        axes.plot(evaluated[0]["evaluated"], floors_N, color="black", linestyle=dotted, label="sequence floor")
+
+
+def _finish_course(axes: Any, title: str, what: str) -> None:
+    log_y_axis(axes)
+    axes.set_xlim(left=0)
+    axes.set_title(title, loc="left", fontsize=10.5)
+    axes.set_ylabel(what)
+    axes.set_xlabel("training step")
+    style_axes(axes)
+    axes.legend(frameon=False, fontsize=8.5, loc="center left", bbox_to_anchor=(1, 0.5))
 
 
 def published_and_measured(rows: Rows) -> Figure:
@@ -135,6 +165,8 @@ def by_step_size(rows: Rows) -> Figure:
 def _wanted(name: str, rows: Rows) -> dict[str, Callable[[Rows], Figure]]:
     """File name -> figure, of every figure that the rows have something for."""
     wanted = {"course": maxvio_over_steps}
+    if any(row["evaluated"] for row in rows):
+        wanted["global"] = maxvio_global_over_steps
     if rows_by_step_size(rows):
         wanted["step-size"] = by_step_size
     if any(row["published_maxvio_global"] is not None for row in rows):

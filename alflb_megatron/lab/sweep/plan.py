@@ -25,6 +25,8 @@ class Run:
 
     group: str
     """Its name without the seed."""
+    label: str
+    """What tells it from runs of the same model, gate, rule and step size; mostly empty."""
     u: float | None
     """As the plan names it; the run's own may be a multiple of it."""
     plan: Plan
@@ -72,6 +74,8 @@ class Sweep:
     full: Mapping[str, Plan]
     """By group: the same run at full size."""
     executor: Mapping[str, Any] = field(default_factory=dict)
+    planned: int = 0
+    """Runs of the whole plan, where `runs` are those that have finished."""
 
     def hours(self) -> float:
         """GPU-hours of all runs on H100s, by FLOPs and the stated utilisation."""
@@ -100,8 +104,8 @@ class Sweep:
 
 
 _SAME_TRAINING = {
-    "seed", "nproc", "ep", "etp", "tp", "pp", "vpp", "micro_batch_size", "save_every", "certify", "router_fusion",
-    "grouped_gemm", "overlap_grad_reduce",
+    "seed", "nproc", "ep", "etp", "tp", "pp", "vpp", "micro_batch_size", "save_every", "certify", "eval_interval",
+    "router_fusion", "grouped_gemm", "overlap_grad_reduce",
 }  # fmt: skip
 """Settings that change where and how a model is trained, not what comes of it."""
 

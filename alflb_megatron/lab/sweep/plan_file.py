@@ -7,6 +7,7 @@
     runs:                                       a run for every combination of what stands in lists, and every seed
       - {model: deepseek-moe-1b, gate: sigmoid, rule: none, aux: 1e-3}
       - {model: deepseek-moe-1b, gate: sigmoid, rule: sign, u: [1e-2, 1e-3], settings: {alflb_centring: false}}
+      - {model: deepseek-moe-1b, rule: adaptive, label: every micro-batch, settings: {alflb_update_every: micro-batch}}
     published:                                  figures of others, by a run's name without its seed
       deepseek-moe-1b.sigmoid.sign.u0.001: {perplexity: 9.50, maxvio_global: 0.044}
     source: where the published figures stand
@@ -15,8 +16,9 @@
     cluster: {utilisation: 0.35}                what the estimate of GPU-hours assumes
     executor: {kind: slurm, account: ACCOUNT}   where runs at full size go: local, slurm or skypilot
 
-`model` is a preset, `u` the rule's step size, `aux` the coefficient of Megatron-Core's auxiliary loss. The scales
-beside `full` stand in `scales.yaml`, once for all plans: settings that replace the full-size ones.
+`model` is a preset, `u` the rule's step size, `aux` the coefficient of Megatron-Core's auxiliary loss, `label` tells
+runs apart that differ in their settings alone. The scales beside `full` stand in `scales.yaml`, once for all plans:
+settings that replace the full-size ones.
 """
 
 from __future__ import annotations
@@ -41,7 +43,7 @@ LARGEST = 2**20
 """Bytes of the largest plan that is read."""
 
 _KEYS = {"about", "seeds", "train", "runs", "published", "source", "compare", "scale_u", "cluster", "executor", "at"}
-_ROW = {"model", "gate", "rule", "u", "aux", "settings"}
+_ROW = {"model", "gate", "rule", "u", "aux", "label", "settings"}
 _SCALE = {"about", "train", "models", "u_times"}
 _OWN = {"preset", "rule", "seed", "out", "resume", "requeue", "json", "gate", "aux_loss_coeff"}
 """Settings that the plan's other keys give."""
@@ -114,6 +116,7 @@ def read_plan(path: Path, scale: str = FULL, over: Mapping[str, Any] | None = No
         full={run.group: run.plan for run in whole},
         utilisation=_utilisation(path, text.get("cluster", {})),
         executor=_mapping(path, text.get("executor", {}), "executor") if scale == FULL else {},
+        planned=len(runs),
     )
 
 
@@ -170,6 +173,7 @@ class _Cell:
     rule: str
     u: float | None
     aux: float
+    label: str
     settings: Mapping[str, Any]
 
     @property
@@ -181,6 +185,8 @@ class _Cell:
             parts.append(f"u{self.u:g}")
         if self.aux:
             parts.append(f"aux{self.aux:g}")
+        if self.label:
+            parts.append(self.label.replace(" ", "-"))
         return ".".join(parts)
 
 
@@ -190,7 +196,9 @@ def _cells(path: Path, number: int, row: Any) -> Iterator[_Cell]:
     for name in ("model", "rule"):
         if name not in row:
             raise SettingError(str(path), f"run {number}", f"needs `{name}`")
-    settings = _settings(path, row.get("settings", {}))
+    settings, label = _settings(path, row.get("settings", {})), row.get("label", "")
+    if not isinstance(label, str) or not re.fullmatch(r"[\w -]*", label):
+        raise SettingError(str(path), f"run {number}: label: {label}", "must be letters, digits, spaces and hyphens")
     axes = [_listed(row.get(name, default)) for name, default in
             (("model", None), ("gate", "sigmoid"), ("rule", None), ("u", None), ("aux", 0.0))]  # fmt: skip
     if not all(axes):
@@ -199,7 +207,7 @@ def _cells(path: Path, number: int, row: Any) -> Iterator[_Cell]:
         for name, value in (("u", u), ("aux", aux)):
             if value is not None and (isinstance(value, bool) or not isinstance(value, int | float)):
                 raise SettingError(str(path), f"run {number}: {name}: {value}", "must be a number")
-        yield _Cell(str(model), str(gate), str(rule), u, aux, settings)
+        yield _Cell(str(model), str(gate), str(rule), u, aux, label, settings)
 
 
 def _listed(value: Any) -> list[Any]:
@@ -223,7 +231,7 @@ def _run(path: Path, cell: _Cell, settings: Mapping[str, Any], seed: int, times:
         plan = resolve(parts[0], parts[1], alf)
     except (SettingError, TypeError) as error:
         raise SettingError(str(path), cell.group, f"this run cannot work: {error}") from None
-    return Run(cell.group, cell.u, plan, given)
+    return Run(cell.group, cell.label, cell.u, plan, given)
 
 
 def _unique(path: Path, runs: Sequence[Run]) -> None:

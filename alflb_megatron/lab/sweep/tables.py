@@ -29,6 +29,8 @@ def group_label(row: Mapping[str, Any], models: int = 1, gates: int = 1) -> str:
         parts.append(f"auxiliary loss {row['aux']:g}")
     if row["u"] is not None:
         parts.append(f"u = {row['u']:g}")
+    if row["label"]:
+        parts.append(row["label"])
     return ", ".join(parts)
 
 
@@ -51,7 +53,9 @@ def results_table(rows: Rows) -> str:
     published = any(row[f"published_{figure}"] is not None for row in rows for figure in FIGURES)
     scaled = any(row["u"] is not None and row["u"] != row["u_used"] for row in rows)
     certified = any(row["gap"] is not None for row in rows)
+    floors = any(row["sequence_floor"] is not None for row in rows)
     head = ["rule", *["u used"] * scaled, "seeds", *FIGURE_TITLES.values()]
+    head += ["sequence floor", "steps to 2x sequence floor"] * floors
     head += ["dual gap a step", "regret a step", "modulus", "2 K / (E largest curvature)"] * certified
     head += ["published perplexity", "published MaxVio_global"] * published
     lines = [head, ["---"] * len(head)]
@@ -62,6 +66,9 @@ def results_table(rows: Rows) -> str:
             cells.append("" if one["u"] is None else f"{one['u_used']:g}")
         cells += [str(len(found)), _over(found, "perplexity").text()]
         cells += [_maxvio(_over(found, name)) for name in FIGURE_TITLES if name != "perplexity"]
+        if floors:
+            reached = [row["steps_to_2x_sequence_floor"] for row in found]
+            cells += [_floor(found), ", ".join("never" if step is None else f"{step:,}" for step in reached)]
         if certified:
             cells += [_small(found, name) for name in ("gap", "regret", "modulus", "largest_step")]
         if published:
@@ -72,6 +79,11 @@ def results_table(rows: Rows) -> str:
 
 def _over(found: Rows, name: str) -> Interval:
     return confidence_interval([row[name] for row in found])
+
+
+def _floor(found: Rows) -> str:
+    known = [row["sequence_floor"] for row in found if row["sequence_floor"] is not None]
+    return maxvio_text(confidence_interval(known).mean) if known else ""
 
 
 def _small(found: Rows, name: str) -> str:
@@ -174,9 +186,10 @@ def sweep_page(sweep: Sweep, rows: Rows, figures: Sequence[str], folder: str = "
         for model, row in models.items()
     }
     each = next(iter(sizes)) if len(sizes) == 1 else "; ".join(f"{model} {size}" for size, model in sizes.items())
+    of = f" of {sweep.planned}" if len(rows) < sweep.planned else ""
     parts = [
         sweep.about,
-        f"{len(rows)} runs, seeds {', '.join(map(str, seeds))}: {each}. torch {first['torch']}, megatron-core "
+        f"{len(rows)}{of} runs, seeds {', '.join(map(str, seeds))}: {each}. torch {first['torch']}, megatron-core "
         f"{first['megatron_core']}, revision `{(first['revision'] or 'unknown')[:12]}`. ± is half a 95 % interval over "
         "the seeds (Student's t).",
         results_table(rows),

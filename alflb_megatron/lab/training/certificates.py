@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,13 @@ POOLED, STEPS = 4_096, 64
 
 FOLDER = "certified"
 FILE = "step_{step:07d}.stage_{stage}.safetensors"
+
+
+def farthest_off(rows: Sequence[Mapping[str, Any]]) -> str:
+    """What the certificates of a step say of the layer that is farthest from its best bias."""
+    worst = max(rows, key=lambda row: row["gap"])
+    u = "" if worst["harmonic_step"] is None else f"; u/n needs a u of about {worst['harmonic_step']:.2g}"
+    return f"layer {worst['layer']} is {worst['gap']:.2e} of score a token from its best bias{u}"
 
 
 class CertificateSampler:

@@ -49,7 +49,7 @@ class Job:
     router_dtype: str = knob("fp32", "precision of the gate", choices=("fp32", "fp64", "model"))
     data: str = knob(
         "stdlib",
-        "text to train on: stdlib, a file or folder, or the prefix of a Megatron .bin/.idx pair",
+        "text to train on: stdlib, package:NAME, a file or folder, or the prefix of a Megatron .bin/.idx pair",
         metavar="SOURCE",
     )
     tokenizer: str = knob(
@@ -57,6 +57,11 @@ class Job:
     )
     validation_sequences: int = knob(
         64, "sequences the model is validated on, in whole global batches; at least one", minimum=1
+    )
+    eval_interval: int = knob(
+        0,
+        "steps between evaluations of the validation set, which metrics.jsonl holds; 0 for one at the end alone",
+        minimum=0,
     )
     nproc: int = knob(2, "ranks to start on this machine", minimum=1)
     tp: int = knob(1, "tensor-parallel ranks (with sequence parallelism above 1)", minimum=1)

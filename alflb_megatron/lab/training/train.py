@@ -181,6 +181,8 @@ class TrainingRun:
             seconds = time.perf_counter() - began
             if sampler is not None and step % self.job.certify == 0:
                 record["certificates"] = self._certificates(sampler, progress, step)
+            if self.job.eval_interval and step % self.job.eval_interval == 0:
+                record["validation"] = self.validate()
             if self.run_folder is not None:
                 record |= {"seconds": seconds, "tokens_per_second": record["tokens"] / seconds}
                 self.run_folder.append(record)
@@ -222,13 +224,11 @@ class TrainingRun:
 
     def _certificates(self, sampler: Any, progress: Any, step: int) -> list[dict[str, Any]]:
         """The certificates of all layers, where they are written; rank 0 says the layer that is farthest off."""
+        from alflb_megatron.lab.training.certificates import farthest_off
+
         rows = sorted(self._over_stages(sampler.finish_step()), key=lambda row: row["layer"])
         if rows:
-            worst = max(rows, key=lambda row: row["gap"])
-            u = "" if worst["harmonic_step"] is None else f"; u/n needs a u of about {worst['harmonic_step']:.2g}"
-            progress.note(
-                f"step {step}: layer {worst['layer']} is {worst['gap']:.2e} of score a token from its best bias{u}"
-            )
+            progress.note(f"step {step}: {farthest_off(rows)}")
         return rows
 
     def _step(self, step: int) -> dict[str, Any]:

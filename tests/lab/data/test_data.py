@@ -85,6 +85,21 @@ def test_stdlib_is_the_library_split_by_file():
     )
 
 
+def test_an_installed_package_is_a_text_of_its_version():
+    sizes = {"seq_length": 256, "vocab_size": 256, "seed": 1}
+    found, same = (open_data(f"package:numpy{v}", **sizes)[0] for v in ("", f"=={np.__version__}"))
+    assert found.fingerprint == same.fingerprint
+    root, out = Path(np.__file__).parent, {"test", "tests", "__pycache__"}
+    files = [path for path in root.rglob("*.py") if out.isdisjoint(path.relative_to(root).parts)]
+    count = sum(path.stat().st_size > 0 for path in files)
+    assert found.description.startswith(f"training text of numpy {np.__version__} ({count} files, ")
+    with pytest.raises(SettingError, match=f"numpy {np.__version__} is installed, which is another text"):
+        open_data("package:numpy==0.1", seq_length=256, vocab_size=256, seed=1)
+    for name in ("nothing_of_this_name", "sys", "a/b", ""):
+        with pytest.raises(SettingError, match="no such package is installed: must be stdlib, package:NAME"):
+            open_data(f"package:{name}", seq_length=256, vocab_size=256, seed=1)
+
+
 def test_folder_is_split_by_file_and_says_what_it_left_out(folder: Path):
     (folder / "picture.png").write_bytes(b"\x89PNG\r\n\x1a\n" + bytes(range(256)))
     (folder / "late_zero.txt").write_bytes(b"text " * 2000 + b"\0")

@@ -67,7 +67,7 @@ def simulate_run(path, rule, rate, steps=40, **sizes):
         folder.write_summary({
             **summarise(folder.records()), "rule": rule, "validation_loss": 2.5, "validation_loads": loads_LE.tolist(),
             "maxvio_global_mean": maxvio(loads_LE).mean(), "maxvio_global_max": maxvio(loads_LE).max(),
-            "checkpoint": None, "run": str(path),
+            "sequence_floor": None, "checkpoint": None, "run": str(path),
         })  # fmt: skip
     return path
 

@@ -24,7 +24,7 @@ from alflb_megatron.lab.sweep import collect, execute, figures, plan, plan_file,
 from alflb_megatron.settings import SettingError
 from tests import forked
 
-SHIPPED = ("wang2024", "han_zhong", "beyond")
+SHIPPED = ("wang2024", "han_zhong", "beyond", "settled")
 
 TWO = """
 about: two runs
@@ -54,7 +54,7 @@ def changed(**keys: Any) -> str:
 # -- plans -----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("scale", ["full", "mini", "smoke"])
+@pytest.mark.parametrize("scale", ["full", "settled", "mini", "smoke"])
 @pytest.mark.parametrize("name", SHIPPED)
 def test_shipped_plans_expand_to_every_combination_and_seed(name: str, scale: str) -> None:
     path = plan_file.find_plan(name)
@@ -62,7 +62,7 @@ def test_shipped_plans_expand_to_every_combination_and_seed(name: str, scale: st
     sweep = plan_file.read_plan(path, scale)
     listed = [[len(v) if isinstance(v, list) else 1 for v in row.values()] for row in given["runs"]]
     cells = sum(int(math.prod(lengths)) for lengths in listed)
-    assert len(sweep.runs) == cells * len(given["seeds"][scale])
+    assert len(sweep.runs) == cells * len(given["seeds"].get(scale, [1234]))
     assert len({run.name for run in sweep.runs}) == len(sweep.runs)
     assert {run.plan.job.preset for run in sweep.runs} <= {"deepseek-moe-1b", "deepseek-moe-3b"}
 
@@ -154,7 +154,7 @@ def test_a_plan_that_cannot_work_says_why(
     ("words", "said"),
     [
         (["nowhere"], "must be a file, or one of beyond, han_zhong, wang2024"),
-        (["wang2024", "--scale", "huge"], "must be one of full, mini, smoke"),
+        (["wang2024", "--scale", "huge"], "must be one of full, mini, settled, smoke"),
         (["wang2024", "--scale", "smoke", "--at-once", "0"], "--at-once=0: must be at least 1"),
         (["wang2024", "--scale", "smoke", "--results", "nothing.csv"], "cannot be read"),
     ],
@@ -361,7 +361,7 @@ def test_results_of_several_revisions_are_not_drawn(whole: Path, tmp_path: Path)
     found = collect.read_csv(whole / "results.csv")
     found[1]["revision"] = "0" * 40
     for row in found:
-        row |= {name: " ".join(map(str, row[name])) for name in ("maxvio_curve", "loss_curve")}
+        row |= {name: " ".join(map(str, value)) for name, value in row.items() if isinstance(value, list)}
     (tmp_path / "mixed.csv").write_text(collect.as_csv(found), encoding="utf-8")
     with pytest.raises(SettingError, match=r"--results=.*holds a mixture: .* was trained with revision 0000"):
         collect.read_csv(tmp_path / "mixed.csv")
@@ -381,6 +381,40 @@ def test_tables_and_figures_come_from_results_csv_alone(whole: Path, tmp_path: P
     for path in (tmp_path / "again").iterdir():
         assert path.read_bytes() == (whole / path.name).read_bytes()
     assert sorted(p.name for p in (tmp_path / "again").iterdir()) == ["two-course.png", "two-published.png", "two.md"]
+
+
+def test_the_runs_that_have_finished_make_a_page_that_says_how_many(
+    whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = copied(whole, tmp_path)
+    (out / SIGN / "summary.json").unlink()
+    words = ["reproduce", str(written(tmp_path)), "--scale", "smoke", "--out", str(out)]
+    assert main([*words, "--finished"]) == 0
+    page = (out / "two.md").read_text(encoding="utf-8")
+    assert "1 of 2 runs, seeds 5" in page and "Differences" not in page  # no pair has both
+    assert main([*words, "--results", str(out / "results.csv")]) == 0
+    assert (out / "two.md").read_text(encoding="utf-8") == page
+    (out / NONE / "summary.json").unlink()
+    assert main([*words, "--finished"]) == 2
+    assert "holds no finished run of two at scale smoke" in capsys.readouterr().err
+
+
+def test_a_file_of_before_there_were_evaluations_can_be_read(whole: Path, tmp_path: Path) -> None:
+    lines = (whole / "results.csv").read_text(encoding="utf-8").splitlines()
+    older = [",".join(line.split(",")[: -len(collect.ADDED)]) for line in lines]
+    (tmp_path / "older.csv").write_text("\n".join(older), encoding="utf-8")
+    found = collect.read_csv(tmp_path / "older.csv")
+    assert found[0]["label"] == "" and found[0]["sequence_floor"] is None and found[0]["evaluated"] == []
+    assert "sequence floor" not in tables.results_table(found)
+
+
+def test_runs_that_differ_in_settings_alone_have_a_label(tmp_path: Path) -> None:
+    row = {"model": "deepseek-moe-1b", "rule": "adaptive"}
+    two = [row, {**row, "label": "once a micro-batch", "settings": {"alflb_update_every": "micro-batch"}}]
+    sweep = plan_file.read_plan(written(tmp_path, changed(runs=two, published={}, compare=[])), "smoke")
+    assert [run.group.rpartition(".")[2] for run in sweep.runs] == ["adaptive", "once-a-micro-batch"]
+    with pytest.raises(SettingError, match=r"label: .*/up: must be letters, digits, spaces and hyphens"):
+        plan_file.read_plan(written(tmp_path, changed(runs=[{**row, "label": "../up"}])), "smoke")
 
 
 def test_results_of_another_plan_are_refused(whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
