@@ -16,12 +16,15 @@ VENV = .venv
 HOSTS = .venv-hosts
 LAUNCH = .venv-launch
 LATEST = .venv-latest
-# Most of what is installed is never imported: compiled when it is.
-PIP = -m pip install --quiet --disable-pip-version-check --no-compile
+PIP_FLAGS ?=
+PIP = -m pip install --quiet --disable-pip-version-check $(PIP_FLAGS)
 ARGS ?=
 # What may differ with the version of Megatron-Core, SciPy or Python, or with torch's build.
 ON_LATEST = tests/test_routing.py tests/test_margins.py tests/test_near_ties.py tests/test_loads.py tests/test_alarms.py tests/rules \
 	tests/lab/theory tests/lab/checkpoints tests/hosts tests/distributed tests/traced
+
+# Every rank of every test imports this package and its tests, which nobody else compiles.
+unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: demo test gpu reliability test-hosts test-bridge test-nemo test-latest check docs site setup hosts launch latest clean distclean
 .DELETE_ON_ERROR:
