@@ -106,7 +106,7 @@ def train(one: Mapping[str, Any], out: Path) -> None:
         """A training that looks at every micro-batch, and now and then at the floor."""
 
         def _step(self, step: int) -> dict[str, Any]:
-            with _micro_batches(self.setup.balancer.routers) as seen:
+            with micro_batch_loads(self.setup.balancer.routers) as seen:
                 record = super()._step(step)
             micro.append([float(max_vio(torch.stack(loads)).mean()) for loads in zip(*seen, strict=True)])
             if step in FLOOR_AT:
@@ -170,7 +170,7 @@ def scored_run() -> type[Any]:
 
 
 @contextmanager
-def _micro_batches(routers: Sequence[Any]) -> Iterator[list[list[Tensor]]]:
+def micro_batch_loads(routers: Sequence[Any]) -> Iterator[list[list[Tensor]]]:
     """Loads of every training forward pass of each router; nothing is recomputed here."""
     seen: list[list[Tensor]] = [[] for _ in routers]
     hooks = [
