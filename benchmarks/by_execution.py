@@ -235,9 +235,9 @@ def collect(out: Path) -> dict[str, Any]:
 def table(results: Mapping[str, Any]) -> str:
     lines = [
         f"{STEPS} steps of {SIZES['global_batch_size']} sequences in micro-batches of {results['tokens']:,} tokens, "
-        f"{SHAPE['num_experts']} experts, K = {SHAPE['topk']}, EP {EP}; one seed. Of one layer and micro-batch: overload "
-        "is the tokens of the fullest rank over the mean, mean (worst); copies are experts whose weights go to another "
-        f"rank. Even, independent draws have an overload of {results['even']:.2f}.",
+        f"{SHAPE['num_experts']} experts, K = {SHAPE['topk']}, EP {EP}; one seed. Of a layer and micro-batch: "
+        "overload is the tokens of the fullest rank over the mean, mean (worst); copies are experts whose weights go "
+        f"to another rank. Even, independent draws have an overload of {results['even']:.2f}.",
     ]
     moving = [planner for planner in PLANNERS if planner != "none"]
     for span in SPANS:
