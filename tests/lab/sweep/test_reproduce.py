@@ -153,7 +153,7 @@ def test_a_plan_that_cannot_work_says_why(
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["nowhere"], "must be a file, or one of beyond, han_zhong, wang2024"),
+        (["nowhere"], "must be a file, or one of beyond, han_zhong, settled, wang2024"),
         (["wang2024", "--scale", "huge"], "must be one of full, mini, settled, smoke"),
         (["wang2024", "--scale", "smoke", "--at-once", "0"], "--at-once=0: must be at least 1"),
         (["wang2024", "--scale", "smoke", "--results", "nothing.csv"], "cannot be read"),
