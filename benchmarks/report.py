@@ -18,6 +18,7 @@ from alflb_megatron.lab.theory import tables as theory_tables
 from benchmarks import (
     all_reduce,
     balance,
+    by_execution,
     cluster_page,
     cluster_tables,
     cost,
@@ -221,6 +222,13 @@ Where the kind of text changes from one step to the next ([`data_change.py`](../
 once it leaves a fresh global batch at most twice its sequence floor:
 
 {section("data_change", data_change.table)}
+
+### Beside balance by execution
+
+An expert-parallel rank's overload in single micro-batches of real trainings, what is left of it where tokens and weights
+move instead, and how many experts' weights then move ([execution.md](execution.md)).
+
+{section("by_execution", by_execution.table)}
 
 ## Cost
 
