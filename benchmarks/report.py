@@ -225,8 +225,8 @@ once it leaves a fresh global batch at most twice its sequence floor:
 
 ### Beside balance by execution
 
-An expert-parallel rank's overload in single micro-batches of real trainings, what is left of it where tokens and weights
-move instead, and how many experts' weights then move ([execution.md](execution.md)).
+An expert-parallel rank's overload in single micro-batches of real trainings, what is left of it where tokens and
+weights move instead, and how many experts' weights then move ([execution.md](execution.md)).
 
 {section("by_execution", by_execution.table)}
 
