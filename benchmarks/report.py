@@ -25,6 +25,7 @@ from benchmarks import (
     data_change,
     gpu,
     in_training,
+    local_updates,
     one_gpu,
     sample,
     scale,
@@ -222,6 +223,13 @@ Where the kind of text changes from one step to the next ([`data_change.py`](../
 once it leaves a fresh global batch at most twice its sequence floor:
 
 {section("data_change", data_change.table)}
+
+### Without an all-reduce
+
+A bias that each rank moves by its own counts, as Han's public fork of litgpt does
+([models.md](models.md#hans-fork)), beside one that is moved by the counts of all:
+
+{section("local_updates", local_updates.table)}
 
 ### Beside balance by execution
 

@@ -1,10 +1,12 @@
 """Planners that move tokens and weights: loads worked by hand, and what each promises whatever the loads."""
 
+from pathlib import Path
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from benchmarks import by_execution
+from benchmarks import by_execution, local_updates
 from benchmarks.by_execution import PLANNERS, exact, least_loaded, planned
 
 
@@ -41,6 +43,17 @@ def test_the_page_says_what_is_left_and_what_moves():
     page = by_execution.table({"tokens": 2048, "even": 1.05, "rows": rows})
     assert "| no bias | 1.25 (2.00) | 1.25 (2.00) | 1.25 (2.00) | 1.25 (2.00) | 3.0 | 3.0 | 3.0 |" in page
     assert "A copy is 3.1 MiB of the 1B model, 84.0 MiB of DeepSeek-V3 (bf16)" in page
+
+
+def test_ranks_that_count_alone_are_a_row_beside_those_that_sum():
+    figures = {name: {"mean": 0.25, "sd": None} for name in local_updates.FIGURES}
+    page = local_updates.table(
+        {"steps": 200, "seeds": [1], "rules": {"quantile": dict.fromkeys(local_updates.SUMS, figures)}}
+    )
+    assert "| quantile | each rank's own | 0.25 | 0.25 | 0.25 | 0.25 | 0.25 |" in page
+    assert local_updates.folder(Path("x"), local_updates.options("sign, u = 0.01", True, 7)) == Path(
+        "x/sign-u0.01-local-7"
+    )
 
 
 @pytest.mark.parametrize("row", by_execution.ROWS)
