@@ -30,8 +30,9 @@ WITHIN = "-micro-batch"
 """After a rule's name: its bias also follows the micro-batches (`--alflb-update-every micro-batch`)."""
 RULES = ("none", "builtin", OURS, OURS + WITHIN)
 LABELS = {"none": "none", "builtin": "builtin (Megatron-Core's own)"}
-MICRO_BATCH = 2
-"""Sequences of a micro-batch: on two ranks four micro-batches a global batch of the preset."""
+STEPS = 80
+MICRO_BATCH = 4
+"""Sequences of a micro-batch: on two ranks two micro-batches a global batch of the preset."""
 
 COLUMNS = {
     "rule": "none: no balancing; builtin: Megatron-Core's own expert bias; any other: a rule of alflb_megatron; with "
@@ -125,7 +126,7 @@ def _prepare(out: Path, rules: Sequence[str], record: Mapping[str, Any]) -> None
 
 def demo(
     out: str | os.PathLike[str] = "runs/demo",
-    steps: int = 200,
+    steps: int = STEPS,
     nproc: int = 2,
     rules: Sequence[str] = RULES,
     seed: int = 1234,
@@ -159,7 +160,7 @@ def demo(
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the flags of the demo to `parser`."""
-    parser.add_argument("--steps", type=int, default=200, help="training steps for each rule (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=STEPS, help="training steps for each rule (default: %(default)s)")
     parser.add_argument("--out", default="runs/demo", metavar="DIR", help="folder of the runs (default: %(default)s)")
     parser.add_argument("--nproc", type=int, default=2, help="ranks of each training (default: %(default)s)")
     parser.add_argument(
