@@ -76,17 +76,7 @@ class ALFRouter(ExpertBiasRouter):
         # Megatron's own updater reads `enable_expert_bias`, finds routers by their `expert_bias` and steps by the sign
         # of `local_tokens_per_expert`, which stays zero here: with its flag on, it moves our bias by nothing.
         self.enable_expert_bias = False
-        self.gate = Gate(
-            topk=self.topk,
-            score_function=self.score_function,
-            pre_softmax=config.moe_router_pre_softmax,
-            scaling_factor=config.moe_router_topk_scaling_factor,
-            num_groups=config.moe_router_num_groups,
-            group_topk=config.moe_router_group_topk,
-            score_unit=self.alf.score_unit,
-            float32_scores=float32_scores,
-            threshold=None if self.alf.frozen else self.alf.rule_knobs.threshold,
-        )
+        self.float32_scores = float32_scores
         device = torch.cuda.current_device()
         self.load_counter = LoadCounter(
             self.num_experts,
@@ -95,6 +85,21 @@ class ALFRouter(ExpertBiasRouter):
             with_replay=config.moe_enable_routing_replay,
         )
         self.new_bias_state(device)
+
+    @property
+    def gate(self) -> Gate:
+        """What is chosen by, as router and configuration have it now, which Megatron-Core reads in every pass too."""
+        return Gate(
+            topk=self.topk,
+            score_function=self.score_function,
+            pre_softmax=self.config.moe_router_pre_softmax,
+            scaling_factor=self.config.moe_router_topk_scaling_factor,
+            num_groups=self.config.moe_router_num_groups,
+            group_topk=self.config.moe_router_group_topk,
+            score_unit=self.alf.score_unit,
+            float32_scores=self.float32_scores,
+            threshold=None if self.alf.frozen else self.alf.rule_knobs.threshold,
+        )
 
     # -- routing ---------------------------------------------------------------------------------------------------
 

@@ -78,6 +78,8 @@ class ExpertBiasRouter(TopKRouter):
         """
         if self.alf.frozen or getattr(self, "frozen_expert_bias", False):  # by --freeze-all-layers
             return True
+        if self.within_batch is not None and self.within_batch.micro_batches > 1:
+            return not self.within_batch.moves(self)  # as it was when the global batch began
         untrained = not any(parameter.requires_grad for parameter in self.parameters())
         if untrained:
             log_once("the weights of some routers are not trained: their biases stand still")
@@ -166,6 +168,12 @@ class ExpertBiasRouter(TopKRouter):
             vars(its).update(vars(mine))  # Megatron-Core's marks: by `sequence_parallel` it sums gradients
         return copied
 
+    def _is_filled(self) -> bool:
+        """Whether bias and state are what somebody wrote, and not memory as `to_empty` leaves it."""
+        if self.alf_rule.is_meta:
+            return False
+        return int(self.alf_rule) == rule_id(self.alf.rule) and bool(self.expert_bias.isfinite().all())
+
     def _own_state(self) -> list[str]:
         rows = [STATE_PREFIX + name for name in self._state_names]
         return ["expert_bias", "alf_n", "alf_rule", *rows, *["alf_micro_batches"] * self.moves_within_batch]
@@ -193,10 +201,10 @@ class ExpertBiasRouter(TopKRouter):
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
         """Loads, and says once what of a checkpoint is not carried on.
 
-        State of ours that `state_dict` lacks begins afresh where the rest of the router is there: it was written
-        without this package. Where the router is left out of it, all stays as it is. Where another rule wrote it, its
-        bias is taken and n and state begin afresh: the n of u / n, or a gain learnt with another rule, would mislead
-        this one.
+        A bias that `state_dict` lacks stays as it is, as Megatron-Core's own does: the file was written without biases,
+        holds parameters alone (an average of them), or is one of several. Only memory that nobody has filled begins
+        afresh. A bias that comes without our state begins anew with it. Where another rule wrote it, its bias is taken
+        and n and state begin afresh: the n of u / n, or a gain learnt with another rule, would mislead this one.
         """
         saved = self._saved_state()
         first = {STATE_PREFIX + name: row for name, row in self._first_state().items() if STATE_PREFIX + name in saved}
@@ -212,8 +220,9 @@ class ExpertBiasRouter(TopKRouter):
             )
         elif prefix + "expert_bias" not in state_dict and prefix + "weight" in state_dict:
             log_once(
-                "the checkpoint holds no expert bias: biases begin at zero. alflb_megatron.warm_start (alflb train "
-                "--warm-start) gives them a better start, load_bias takes them from elsewhere"
+                "what is loaded holds no expert bias: biases stay as they are, at zero in a new model. "
+                "alflb_megatron.warm_start (alflb train --warm-start) gives them a better start, load_bias takes them "
+                "from elsewhere"
             )
         elif absent := [n for n in first if prefix + n not in state_dict and prefix + "expert_bias" in state_dict]:
             log_once(
@@ -223,13 +232,14 @@ class ExpertBiasRouter(TopKRouter):
             if name.removeprefix(prefix) not in saved:
                 del state_dict[name]  # another rule's, or of no use to a frozen router: a strict load would stop at it
         whole = prefix + "weight" in state_dict or prefix + "expert_bias" in state_dict
+        begins = prefix + "expert_bias" in state_dict or (whole and not self._is_filled())
         for name in saved:
             mine = getattr(self, name)
             if prefix + name in state_dict:
                 # a cast checkpoint may be assigned as it is
                 state_dict[prefix + name] = state_dict[prefix + name].to(mine.dtype)
             else:
-                state_dict[prefix + name] = beginning.get(name, torch.zeros_like(mine)) if whole else mine
+                state_dict[prefix + name] = beginning.get(name, torch.zeros_like(mine)) if begins else mine
         if whole:
             reset([self.load_counter])
             if self.within_batch is not None:

@@ -120,7 +120,11 @@ class WithinBatch:
 
     def bias_of(self, router: Any) -> Tensor:
         """The bias that a router is to route with now, float32 [E]; a copy, which a second pass can be given."""
-        return (router.batch_bias if id(router) in self._moving else router.expert_bias).clone()
+        return (router.batch_bias if self.moves(router) else router.expert_bias).clone()
+
+    def moves(self, router: Any) -> bool:
+        """Whether this global batch moves the bias of a router, which is settled when it begins."""
+        return id(router) in self._moving
 
     @torch.no_grad()
     def end_pass(self, router: Any) -> None:

@@ -27,13 +27,11 @@ def tolerating_absent_state(original: Callable[..., Any]) -> Callable[..., Any]:
 def absent_state_allowed() -> Iterator[None]:
     """Within the block a torch_dist checkpoint may lack state of ours, as one written by Megatron-Core alone does."""
     loads = torch_dist.TorchDistLoadShardedStrategy
-    already = getattr(loads.load, "__alflb__", False)
-    patch = None if already else Patch(loads, "load", tolerating_absent_state)
+    patch = Patch(loads, "load", tolerating_absent_state)
     try:
         yield
     finally:
-        if patch is not None:
-            patch.undo()
+        patch.undo()
 
 
 def without_absent_state(sharded: Any, stored: dict[str, Any]) -> Any:

@@ -32,38 +32,53 @@ class NamedRouter(NamedTuple):
     router: Any
 
 
+WRAPPERS = {"_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module"}
+"""What torch's wrappers call the module inside them: no part of its name, as in torch's own fully qualified names."""
+
+
 def named_routers(model: Sequence[nn.Module]) -> list[NamedRouter]:
-    """Every router of Megatron-Core's class or ours in the chunks of `model`, each object once."""
+    """Every router of Megatron-Core's class or ours in the chunks of `model`, each object once.
+
+    Two that would have one path, as a copy that keeps its original's number does, are called by their own modules.
+    """
     found: dict[int, NamedRouter] = {}
+    own: dict[int, str] = {}
     for chunk in model:
         for path, module in chunk.named_modules():
             if isinstance(module, TopKRouter) and id(module) not in found:
                 found[id(module)] = _named(chunk, path, module)
-    return list(found.values())
+                own[id(module)] = _bare([part for part in path.split(".") if part not in WRAPPERS])
+    count = Counter(named.path for named in found.values())
+    return [named if count[named.path] == 1 else named._replace(path=own[key]) for key, named in found.items()]
 
 
 def _named(chunk: nn.Module, path: str, router: Any) -> NamedRouter:
-    parts = path.split(".")
+    inside, parts = [], []  # of `path`, up to and with each part of the name
+    for end, part in enumerate(given := path.split("."), 1):
+        if part not in WRAPPERS:
+            parts.append(part)
+            inside.append(".".join(given[:end]))
     number, layers = router.layer_number or 0, router.config.num_layers
-    at = next((i for i, part in enumerate(parts[1:], 1) if part.isdigit() and parts[i - 1] == "layers"), None)
-    if at is None:
+    places = [i for i, part in enumerate(parts[1:], 1) if part.isdigit() and parts[i - 1] == "layers"]
+    if not places:
         return NamedRouter(_bare(parts), number, "", chunk, router)
+    at = next((i for i in places if parts[i - 2 : i - 1] == ["mtp"]), places[-1])
     stack = block = parts[: at - 1]
     if block[-1:] == ["mtp"]:
         # An MTP depth holds one layer, or in a hybrid model a stack that numbers its own from 1. Up to 0.16
         # Megatron-Core has the first kind follow the decoder's last layer, from 0.17 on it numbers it from 1 too.
-        depth: Any = chunk.get_submodule(".".join(parts[: at + 1]))
+        depth: Any = chunk.get_submodule(inside[at])
         index = depth.layer_number - 1
         inner = next((i for i, part in enumerate(parts) if i > at and part == "layers"), None)
         if inner is not None:
-            number += layers + index * len(list(chunk.get_submodule(".".join(parts[: inner + 1])).children()))
+            number += layers + index * len(list(chunk.get_submodule(inside[inner]).children()))
         elif number == depth.layer_number:
             number += layers
         stack = [*block[:-1], "decoder"]
     else:
-        index = number - 1
+        index = number - 1 if number else int(parts[at])
     path = _bare([*parts[:at], str(index), *parts[at + 1 :]])
-    return NamedRouter(path, number, _bare(stack), chunk.get_submodule(".".join(block)), router)
+    return NamedRouter(path, number, _bare(stack), chunk.get_submodule(inside[at - 2] if at > 1 else ""), router)
 
 
 def _bare(parts: Sequence[str]) -> str:
@@ -156,7 +171,7 @@ def _listed(names: Iterable[str]) -> str:
 
 
 def bare(chunk: nn.Module) -> nn.Module:
-    """A chunk without DDP and Float16Module around it, which may come later."""
-    while isinstance(inner := getattr(chunk, "module", None), nn.Module):
+    """A chunk without DDP, Float16Module and `torch.compile` around it, which may come later."""
+    while isinstance(inner := getattr(chunk, "_orig_mod", getattr(chunk, "module", None)), nn.Module):
         chunk = inner
     return chunk

@@ -424,3 +424,53 @@ def test_each_layer_of_a_hybrid_model_has_a_number_of_its_own(pattern: str, dept
     assert len({path for path, _ in found["named"]}) == len(layers)
     assert found["keys"] == [f"MaxVio layer {layer}" for layer in layers]
     assert found["n"] == [1] * len(layers)
+
+
+# -- names -----------------------------------------------------------------------------------------------------------
+
+
+def _names(change: str) -> list[tuple[str, int, str]]:
+    from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+
+    from alflb_megatron.hosts.routers import named_routers
+    from alflb_megatron.lab.training import build
+
+    plan = jobs.plan({"rule": "sign", "nproc": 1}, {"num_layers": 3, "mtp_layers": 1})
+    with ranks.model_parallel():
+        model: Any = build.gpt_model(plan, build.transformer_config(plan))
+        if change == "compiled":
+            model.decoder, model.mtp = (
+                torch._dynamo.OptimizedModule(model.decoder, lambda m: m),
+                torch._dynamo.OptimizedModule(model.mtp, lambda m: m),
+            )
+        elif change == "checkpointed":
+            for layers in (model.decoder.layers, model.mtp.layers):
+                for index, layer in enumerate(layers):
+                    layers[index] = checkpoint_wrapper(layer)
+        elif change == "towers":
+            other = build.gpt_model(plan, build.transformer_config(plan))
+            model = torch.nn.ModuleDict(
+                {"towers": torch.nn.ModuleDict({"layers": torch.nn.ModuleList([model, other])})}
+            )
+        elif change == "copied":
+            import copy
+
+            model.decoder.layers[2].mlp.router = copy.deepcopy(model.decoder.layers[1].mlp.router)
+        return [(named.path, named.layer, named.stack) for named in named_routers([model])]
+
+
+@pytest.mark.parametrize("change", ["compiled", "checkpointed"])
+def test_what_wraps_layers_is_no_part_of_a_name(change: str) -> None:
+    assert ranks.run(1, _names, change) == ranks.run(1, _names, "")
+
+
+def test_towers_in_a_list_of_layers_are_stacks_of_their_own() -> None:
+    (plain,), (found,) = ranks.run(1, _names, ""), ranks.run(1, _names, "towers")
+    assert [stack for *_, stack in found] == [f"towers.layers.{tower}.decoder" for tower in (0, 1) for _ in plain]
+    assert len({path for path, *_ in found}) == len(found) == 2 * len(plain)
+    assert [layer for _, layer, _ in found] == 2 * [layer for _, layer, _ in plain]
+
+
+def test_a_copy_that_keeps_its_originals_number_has_a_path_of_its_own() -> None:
+    (plain,), (found,) = ranks.run(1, _names, ""), ranks.run(1, _names, "copied")
+    assert [path for path, *_ in found] == [path for path, *_ in plain]

@@ -219,3 +219,53 @@ def _another_rule_in_place() -> list[int]:
 
 def test_a_checkpoint_of_another_rule_is_told_apart_once_and_not_at_every_resume() -> None:
     assert ranks.run(1, _another_rule_in_place) == [[True, 0, 1]]
+
+
+def _partly_loaded() -> dict[str, Any]:
+    """A router whose bias has moved takes weights alone: an average of parameters, and a file beside the bias's."""
+    with ranks.model_parallel():
+        router = _router({"rule": "adaptive"})
+        assert _moved(router)
+        state = _state_of(router)
+        router.load_state_dict({"weight": router.weight.detach() / 2}, strict=False)
+        kept = _state_of(router) == state
+        fresh = _router({"rule": "adaptive"})
+        saved = {name: value for name, value in router.state_dict().items() if torch.is_tensor(value)}
+        for part in ({n: v for n, v in saved.items() if n != "weight"}, {"weight": saved["weight"]}):
+            fresh.load_state_dict(part, strict=False)
+        bias_alone = _router({"rule": "adaptive"})
+        assert _moved(bias_alone)
+        bias_alone.load_state_dict({"expert_bias": torch.zeros_like(router.expert_bias)}, strict=False)
+        return {"kept": kept, "in parts": _state_of(fresh) == state, "n with another bias": int(bias_alone.alf_n)}
+
+
+def test_a_bias_that_is_not_in_what_is_loaded_stays() -> None:
+    assert ranks.run(1, _partly_loaded) == [{"kept": True, "in parts": True, "n with another bias": 0}]
+
+
+def _changed_after_the_build() -> dict[str, list[float]]:
+    """Experts of a token and the sum of its weights, of Megatron-Core's router and ours, as settings change."""
+    import dataclasses
+
+    from megatron.core.transformer.moe.moe_utils import get_default_pg_collection
+    from megatron.core.transformer.moe.router import TopKRouter
+
+    with ranks.model_parallel():
+        ours = _router({"rule": "sign"})
+        plain = TopKRouter(config=dataclasses.replace(ours.config), pg_collection=get_default_pg_collection())
+        plain.load_state_dict({"weight": ours.weight}, strict=False)
+        found: dict[str, list[float]] = {}
+        for router in (ours, plain):
+            said = found[type(router).__name__] = []
+            for name, value in (("topk", 3), ("topk", 1)):
+                setattr(router, name, value)
+                said.append(float(router(_hidden())[1].sum()))
+            router.topk, router.config.moe_router_topk_scaling_factor = 2, 2.5
+            said.append(round(float(router(_hidden())[0].sum()), 2))
+    return found
+
+
+def test_settings_that_change_after_the_build_count_as_for_megatron_core() -> None:
+    (found,) = ranks.run(1, _changed_after_the_build)
+    ours, plain = found.values()
+    assert ours == plain and ours[:2] == [3 * 128, 128] and ours[2] == pytest.approx(2.5 * 128, rel=1e-3)

@@ -575,3 +575,31 @@ def _left_to_the_price() -> dict[str, Any]:
 def test_a_router_that_is_left_to_its_price_recomputes_as_it_routed_and_stays_there() -> None:
     (found,) = ranks.run(1, _left_to_the_price)
     assert all(found["same"]) and len(found["same"]) == 6 and not found["moved"]
+
+
+def _frozen_meanwhile(rule: str) -> list[Any]:
+    """A router whose weights are trained in some micro-batches only: what holds at the beginning holds to the end."""
+    from alflb_megatron.hosts.core import balancer_of
+    from tests.distributed.test_identity import _routers
+
+    plan = jobs.plan({"rule": rule, "nproc": 1, "global_batch_size": 8}, {"num_layers": 3}, **MICRO)
+    with ranks.model_parallel():
+        runner = jobs.Runner(plan)
+        one, *others = _routers(runner.setup.chunks[0]).values()
+        runner.step(0)
+        plain, passes = runner._forward_step, []
+
+        def toggled(rows: Any, model: Any) -> Any:
+            passes.append(1)
+            one.weight.requires_grad_(len(passes) % 2 == 0)
+            return plain(rows, model)
+
+        runner._forward_step = toggled  # type: ignore[method-assign]
+        runner.step(1)
+        loads = [int(of.sum()) for of in balancer_of(runner.setup.chunks).last.loads]
+        return [int(one.alf_n), [int(other.alf_n) for other in others], len(set(loads))]
+
+
+@pytest.mark.parametrize("rule", ["sign", "adaptive"])
+def test_who_moves_is_settled_when_a_global_batch_begins(rule: str) -> None:
+    assert ranks.run(1, _frozen_meanwhile, rule) == [[1, [2], 1]]
