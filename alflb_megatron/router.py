@@ -134,10 +134,11 @@ class ALFRouter(ExpertBiasRouter):
 
     def _choose(self, logits_TE: Tensor, valid_T: Tensor | None, sequence: int) -> tuple[Tensor, Tensor]:
         bias_E, counting = self._begin_pass()
+        gate = self.gate
         if counting:
             self._warn_if_never_updated()
             if self.score_hooks:
-                scores_TE = scores_of(logits_TE.detach(), self.gate)
+                scores_TE = scores_of(logits_TE.detach(), gate)
                 for hook in self.score_hooks:
                     hook(scores_TE if valid_T is None else scores_TE[valid_T])
             for hook in self.logit_hooks:
@@ -146,30 +147,30 @@ class ALFRouter(ExpertBiasRouter):
             probs_TE, map_TE = topk_routing_with_score_function(
                 logits_TE,
                 self.topk,
-                use_pre_softmax=self.gate.pre_softmax,
-                num_groups=self.gate.num_groups,
-                group_topk=self.gate.group_topk,
-                scaling_factor=self.gate.scaling_factor,
-                score_function=self.gate.score_function,
+                use_pre_softmax=gate.pre_softmax,
+                num_groups=gate.num_groups,
+                group_topk=gate.group_topk,
+                scaling_factor=gate.scaling_factor,
+                score_function=gate.score_function,
                 expert_bias=bias_E,
                 fused=True,
             )
             if counting:
                 self.load_counter.observe_map(map_TE, valid_T, weights_TE=probs_TE)
-                self._observe_margins(logits_TE, map_TE, valid_T, bias_E, sequence)
+                self._observe_margins(logits_TE, map_TE, valid_T, bias_E, sequence, gate)
                 self._end_pass()
             return probs_TE, map_TE
-        choice = select(logits_TE, self.gate, bias_E, self._replayed_topk())
+        choice = select(logits_TE, gate, bias_E, self._replayed_topk())
         if counting:
             dictated = self._is_dictated()
             self.load_counter.observe(choice.experts_TK, valid_T, ranked_TK=choice.ranked_TK, dictated=dictated)
             if not dictated:
-                self._observe_margins(logits_TE, choice.map_TE, valid_T, bias_E, sequence)
+                self._observe_margins(logits_TE, choice.map_TE, valid_T, bias_E, sequence, gate)
             self._end_pass()
         return choice.probs_TE, choice.map_TE
 
     def _observe_margins(
-        self, logits_TE: Tensor, map_TE: Tensor, valid_T: Tensor | None, bias_E: Tensor, sequence: int
+        self, logits_TE: Tensor, map_TE: Tensor, valid_T: Tensor | None, bias_E: Tensor, sequence: int, gate: Gate
     ) -> None:
         """Measures the margins of every r-th position (`margins.sample_stride`), another one of them each update."""
         if not self.load_counter.wants_margins:
@@ -181,7 +182,7 @@ class ALFRouter(ExpertBiasRouter):
         valid_SB = None if valid_T is None else valid_T.view(sequence, -1)
         first_X = margins.positions(sequence, stride, logits_TE.device)
         histogram_EB = self.load_counter.histogram_EB
-        _add_margins(histogram_EB, logits_SBE, map_SBE, valid_SB, bias_E, first_X, self.alf_n, stride, self.gate)
+        _add_margins(histogram_EB, logits_SBE, map_SBE, valid_SB, bias_E, first_X, self.alf_n, stride, gate)
 
     def _replayed_topk(self) -> Any:
         """The K-largest search of Megatron's router replay, None where replay is off."""

@@ -21,8 +21,6 @@ Runs that are finished in their folder are not run again; after a change of the 
 
 from __future__ import annotations
 
-import argparse
-import json
 import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
@@ -38,8 +36,7 @@ from alflb_megatron.lab.records.files import write_atomically, write_json
 from alflb_megatron.lab.records.versions import git_revision
 from alflb_megatron.lab.training.launch import as_single_rank
 from alflb_megatron.lab.training.resolve import resolve
-from benchmarks import machine
-from benchmarks.within_batch import finished, folder, micro_batch_loads, run_all
+from benchmarks.within_batch import command, finished, folder, micro_batch_loads, run_all, trains_one, write_results
 
 EP = 8
 SHAPE = {"num_experts": 64, "topk": 6, "hidden_size": 128, "moe_ffn_hidden_size": 64}
@@ -254,20 +251,13 @@ def table(results: Mapping[str, Any]) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command(__doc__, "by_execution", "by_execution.json")
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time, a core each")
-    parser.add_argument("--out", type=Path, default=Path("runs/by_execution"))
-    parser.add_argument("--json", type=Path, default=machine.RESULTS / "by_execution.json")
-    parser.add_argument("--run", help=argparse.SUPPRESS)
     flags = parser.parse_args(arguments)
-    if flags.run:
-        one = json.loads(flags.run)
-        train(one, folder(flags.out, one))
+    if trains_one(flags, train):
         return
     run_all([options(row) for row in ROWS], flags.out, flags.jobs, "by_execution")
-    results = {"machine": {**machine.describe(), "threads": 1}, **collect(flags.out)}
-    write_json(flags.json, results)
-    print(table(results))
+    write_results(flags.json, collect(flags.out), table)
 
 
 if __name__ == "__main__":

@@ -12,8 +12,6 @@ layers. Repeat with
 
 from __future__ import annotations
 
-import argparse
-import json
 import statistics
 from collections.abc import Mapping, Sequence
 from contextlib import contextmanager
@@ -28,9 +26,18 @@ from alflb_megatron.lab.records.versions import git_revision
 from alflb_megatron.lab.replay.replayed_rules import choose_experts
 from alflb_megatron.lab.training.launch import as_single_rank
 from alflb_megatron.metrics import max_vio
-from benchmarks import machine
 from benchmarks.in_training import spread
-from benchmarks.within_batch import FIRST_SEED, FLOOR_BATCHES, finished, folder, planned, run_all, scored_run
+from benchmarks.within_batch import (
+    FIRST_SEED,
+    FLOOR_BATCHES,
+    command,
+    finished,
+    planned,
+    run_all,
+    scored_run,
+    trains_one,
+    write_results,
+)
 
 CHANGE_AT, FOLLOWED = 60, 12
 """The last step on the old text, and how many steps are followed after it."""
@@ -165,24 +172,17 @@ def collect(out: Path, rows: Sequence[str], seeds: Sequence[int]) -> dict[str, A
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command(__doc__, "data_change", "data_change.json")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--rows", default="|".join(ROWS_SHOWN), help="names of rows, with | between them")
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time, a core each")
-    parser.add_argument("--out", type=Path, default=Path("runs/data_change"))
-    parser.add_argument("--json", type=Path, default=machine.RESULTS / "data_change.json")
-    parser.add_argument("--run", help=argparse.SUPPRESS)
     flags = parser.parse_args(arguments)
-    if flags.run:
-        one = json.loads(flags.run)
-        train(one, folder(flags.out, one))
+    if trains_one(flags, train):
         return
     seeds, rows = [FIRST_SEED + i for i in range(flags.seeds)], flags.rows.split("|")
     runs = [options(row, seed) for seed in seeds for row in rows]
     run_all(runs, flags.out, flags.jobs, "data_change")
-    results = {"machine": {**machine.describe(), "threads": 1}, **collect(flags.out, rows, seeds)}
-    write_json(flags.json, results)
-    print(table(results))
+    write_results(flags.json, collect(flags.out, rows, seeds), table)
 
 
 if __name__ == "__main__":

@@ -11,13 +11,12 @@ under that of the first rank, which is what a checkpoint of it holds. Repeat wit
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import statistics
-import subprocess
 import sys
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,9 +28,8 @@ from alflb_megatron.lab.records.files import write_json
 from alflb_megatron.lab.records.versions import git_revision
 from alflb_megatron.lab.training.resolve import resolve
 from alflb_megatron.metrics import max_vio
-from benchmarks import machine
-from benchmarks.in_training import spread
-from benchmarks.within_batch import micro_batch_loads
+from benchmarks.in_training import in_turn, logged, spread
+from benchmarks.within_batch import command, left_in, micro_batch_loads, trains_one, write_results
 
 RANKS, STEPS, FIRST_SEED = 2, 200, 1001
 RULES: dict[str, dict[str, Any]] = {
@@ -118,23 +116,22 @@ def folder(out: Path, one: Mapping[str, Any]) -> Path:
 
 
 def finished(out: Path, one: Mapping[str, Any]) -> dict[str, Any] | None:
-    path = folder(out, one) / "local.json"
-    found = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    return found if found.get("run") == dict(one) else None
+    return left_in(folder(out, one) / "local.json", one)
 
 
 def run_all(runs: Sequence[Mapping[str, Any]], out: Path) -> None:
-    """One after another: each has two ranks."""
-    out.mkdir(parents=True, exist_ok=True)
+    """One after another, for each has two ranks, but those that are finished."""
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={RANKS}"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    for one in runs:
+
+    def run(one: Mapping[str, Any]) -> str:
+        where = folder(out, one)
         if finished(out, one) is None:
             words = ["-m", "benchmarks.local_updates", "--one", json.dumps(dict(one)), "--out", str(out)]
-            log = folder(out, one).with_suffix(".log")
-            with log.open("w", encoding="utf-8") as file:
-                subprocess.run([*launcher, *words], stdout=file, stderr=file, env=environment, check=True)
-            print(folder(out, one).name, file=sys.stderr, flush=True)
+            logged(where.name, [*launcher, *words], where.with_name(f"{where.name}.log"), environment)
+        return where.name
+
+    in_turn([partial(run, one) for one in runs], jobs=1)
 
 
 def table(results: Mapping[str, Any]) -> str:
@@ -171,21 +168,14 @@ def collect(out: Path, seeds: Sequence[int]) -> dict[str, Any]:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command(__doc__, "local_updates", "local_updates.json")
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--out", type=Path, default=Path("runs/local_updates"))
-    parser.add_argument("--json", type=Path, default=machine.RESULTS / "local_updates.json")
-    parser.add_argument("--one", help=argparse.SUPPRESS)
     flags = parser.parse_args(arguments)
-    if flags.one:  # torchrun would take --run for one of its own flags, cut short
-        one = json.loads(flags.one)
-        train(one, folder(flags.out, one))
+    if trains_one(flags, train, folder):
         return
     seeds = [FIRST_SEED + i for i in range(flags.seeds)]
     run_all([options(rule, local, seed) for seed in seeds for rule in RULES for local in SUMS.values()], flags.out)
-    results = {"machine": {**machine.describe(), "threads": 1}, **collect(flags.out, seeds)}
-    write_json(flags.json, results)
-    print(table(results))
+    write_results(flags.json, collect(flags.out, seeds), table)
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ import math
 import os
 import statistics
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -267,7 +267,11 @@ def folder(out: Path, one: Mapping[str, Any]) -> Path:
 
 def finished(out: Path, one: Mapping[str, Any]) -> dict[str, Any] | None:
     """What a finished run left, None where there is none of these settings."""
-    path = folder(out, one) / "within.json"
+    return left_in(folder(out, one) / "within.json", one)
+
+
+def left_in(path: Path, one: Mapping[str, Any]) -> dict[str, Any] | None:
+    """What a run of these settings wrote to a file, None where there is none."""
     found = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     return found if found.get("run") == dict(one) else None
 
@@ -279,7 +283,7 @@ def run_all(runs: Sequence[Mapping[str, Any]], out: Path, jobs: int, module: str
     def run(one: Mapping[str, Any]) -> str:
         where = folder(out, one)
         if finished(out, one) is None:
-            words = [sys.executable, "-m", f"benchmarks.{module}", "--run", json.dumps(dict(one)), "--out", str(out)]
+            words = [sys.executable, "-m", f"benchmarks.{module}", "--one", json.dumps(dict(one)), "--out", str(out)]
             logged(where.name, words, where.with_name(f"{where.name}.log"), environment)
         return where.name
 
@@ -439,24 +443,48 @@ def figure(results: Mapping[str, Any]) -> Figure:
     return drawn
 
 
+def command(doc: str | None, name: str, results: str) -> argparse.ArgumentParser:
+    """The flags of a benchmark that has trainings, each started as a process of its own by `--one`."""
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path("runs", name))
+    parser.add_argument("--json", type=Path, default=machine.RESULTS / results)
+    parser.add_argument("--one", help=argparse.SUPPRESS)  # torchrun would take --run for one of its own, cut short
+    return parser
+
+
+def trains_one(
+    flags: argparse.Namespace,
+    train: Callable[[Mapping[str, Any], Path], None],
+    folder: Callable[[Path, Mapping[str, Any]], Path] = folder,
+) -> bool:
+    """Trains the one run that this process was started for, and says whether it was."""
+    if not flags.one:
+        return False
+    one = json.loads(flags.one)
+    train(one, folder(flags.out, one))
+    return True
+
+
+def write_results(path: Path, found: Mapping[str, Any], table: Callable[[Mapping[str, Any]], str]) -> None:
+    """Figures and what they were measured on, to a file; as a table to standard output."""
+    results = {"machine": {**machine.describe(), "threads": 1}, **found}
+    write_json(path, results)
+    print(table(results))
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command(__doc__, "within_batch", machine.versioned("within_batch"))
     parser.add_argument("--presets", default="tiny")
     parser.add_argument("--micro-batches", default="8,2,4,16,1")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--rows", default="|".join(ROWS), help="names of rows, with | between them")
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time, a core each")
-    parser.add_argument("--out", type=Path, default=Path("runs/within_batch"))
-    parser.add_argument("--json", type=Path, default=machine.RESULTS / machine.versioned("within_batch"))
     parser.add_argument("--collect", action="store_true", help="take the runs that are there, and run none")
     parser.add_argument(
         "--cost", action="store_true", help="measure what it costs alone, into the results that are there"
     )
-    parser.add_argument("--run", help=argparse.SUPPRESS)
     flags = parser.parse_args(arguments)
-    if flags.run:
-        one = json.loads(flags.run)
-        train(one, folder(flags.out, one))
+    if trains_one(flags, train):
         return
     if flags.cost:
         results = json.loads(flags.json.read_text(encoding="utf-8"))
@@ -475,9 +503,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if not flags.collect:
         run_all(runs, flags.out, flags.jobs)
     found = {preset: collect(flags.out, preset, counts, seeds, rows) for preset in presets}
-    results = {"machine": {**machine.describe(), "threads": 1}, "presets": found}
-    write_json(flags.json, results)
-    print(table(results))
+    write_results(flags.json, {"presets": found}, table)
 
 
 if __name__ == "__main__":

@@ -47,9 +47,12 @@ def named_routers(model: Sequence[nn.Module]) -> list[NamedRouter]:
         for path, module in chunk.named_modules():
             if isinstance(module, TopKRouter) and id(module) not in found:
                 found[id(module)] = _named(chunk, path, module)
-                own[id(module)] = _bare([part for part in path.split(".") if part not in WRAPPERS])
+                own[id(module)] = path
     count = Counter(named.path for named in found.values())
-    return [named if count[named.path] == 1 else named._replace(path=own[key]) for key, named in found.items()]
+    return [
+        named if count[named.path] == 1 else named._replace(path=_bare(own[key].split(".")))
+        for key, named in found.items()
+    ]
 
 
 def _named(chunk: nn.Module, path: str, router: Any) -> NamedRouter:
@@ -82,9 +85,10 @@ def _named(chunk: nn.Module, path: str, router: Any) -> NamedRouter:
 
 
 def _bare(parts: Sequence[str]) -> str:
-    """A path without what DDP and Float16Module put before it."""
-    first = next((i for i, part in enumerate(parts) if part != "module"), len(parts))
-    return ".".join(parts[first:])
+    """A path without what torch's wrappers put into it, and DDP and Float16Module before it."""
+    named = [part for part in parts if part not in WRAPPERS]
+    first = next((i for i, part in enumerate(named) if part != "module"), len(named))
+    return ".".join(named[first:])
 
 
 def labels(layers: Sequence[int], paths: Sequence[str]) -> list[str]:
