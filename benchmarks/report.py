@@ -26,6 +26,7 @@ from benchmarks import (
     gpu,
     in_training,
     local_updates,
+    neighbours,
     one_gpu,
     sample,
     scale,
@@ -195,6 +196,24 @@ Its own router and update as they are (megatron-core 0.19), on the recorded stre
 and mean of the last quarter, over the floor.
 
 {section("upstream_quantile", upstream_quantile.table)}
+
+### Rules that came up since
+
+phi-balancing (arXiv 2605.15403), with constants that are the best of a grid on each stream, in hindsight: potential's
+weight and the average's rate are in brackets. Its update is derived here from its abstract, for the text could not be
+had. W1 to W7 are the workloads of Megatron-LM's pull request 7488 as scores
+([`streams.py`](../benchmarks/streams.py)): a hot quarter of the experts, a half that nobody chooses, a hot quarter that
+moves on every three steps, and one that is hot in one step of four. A bias that moves once a step can only follow what
+stays; inside the step, here {neighbours.MICRO_BATCHES} micro-batches, it follows these too. Cells as above.
+
+{section("neighbours", neighbours.table)}
+
+Two correct the scores of a token by the tokens before it in its sequence: Su's moving quantile balancing and Chang's
+causal dual bias, as far as they could be read ([`neighbours.py`](../benchmarks/neighbours.py)). They even out single
+sequences, which a bias does not, and pay for it in scores kept. MaxVio of the step over the floor / MaxVio inside a
+sequence / scores kept:
+
+{neighbours.inside_table(found) if (found := results("neighbours")) else "Not measured."}
 
 ## In training
 

@@ -110,3 +110,55 @@ BEYOND = (
     Stream("very fast drift, with momentum", drift=0.08, momentum=0.9, kind="fast"),
 )
 """Outside the targets: what comes between two batches is more than chance, whatever was learnt before."""
+
+
+@dataclass(frozen=True)
+class Workload:
+    """A workload of Megatron-LM #7488 as scores: unbiased, they choose experts by the law of that benchmark.
+
+    The benchmark dictates the experts of each token, which no bias could move. Here a token that is to choose among
+    the preferred experts scores them uniformly in [1/2, 1) and the others in [0, 1/2), any other token all of them in
+    [0, 1/2). The preferred are the first E / 4 experts (at least K), for all steps or as `name` says.
+    """
+
+    name: str
+    experts: int = 16
+    topk: int = 2
+    tokens: int = 4096
+    steps: int = 120
+
+    def preferred(self, step: int) -> tuple[range, int]:
+        """The preferred experts at a step, and of how many tokens one does not prefer them (0: of none)."""
+        width = max(self.topk, self.experts // 4)
+        if self.name == "W5_zero_expert_rank":
+            return range(self.experts // 2, self.experts), 0
+        if self.name == "W6_rotating_hotspot":
+            first = step // 3 * width % self.experts
+            return range(first, first + width), 4
+        if self.name == "W7_burst":
+            return range(width if step % 4 == 3 else 0), 2
+        return range(width), 4
+
+    def scores(self, seed: int) -> Iterator[Tensor]:
+        """float32 [1, T, E] a step."""
+        generator = torch.Generator().manual_seed(seed)
+        for step in range(self.steps):
+            scores_TE = torch.rand(self.tokens, self.experts, generator=generator) / 2
+            experts, others = self.preferred(step)
+            prefers_T = torch.arange(self.tokens) % others != 0 if others else torch.ones(self.tokens, dtype=torch.bool)
+            scores_TE[:, [expert % self.experts for expert in experts]] += prefers_T[:, None] / 2
+            yield scores_TE[None]
+
+    def recording(self, seed: int) -> Recording:
+        return Recording(
+            layers=(0,),
+            experts=self.experts,
+            steps=self.steps,
+            read=lambda: self.scores(seed),
+            gating=Gating(self.topk, "sigmoid"),
+            name=self.name,
+        )
+
+
+WORKLOADS = tuple(map(Workload, ("W1_hot_expert_set", "W5_zero_expert_rank", "W6_rotating_hotspot", "W7_burst")))
+"""W2 and W3 differ from W1 in which ranks hold the experts, W4 in how many tokens a rank has: not in balance."""
