@@ -152,13 +152,16 @@ class ExpertBiasRouter(TopKRouter):
     # -- precision and checkpoints -----------------------------------------------------------------------------------
 
     def __deepcopy__(self, memo: dict[int, Any]) -> ExpertBiasRouter:
-        """A copy with weights, bias and counts of its own, on the same process groups, configuration and replay.
+        """A copy with weights, bias and counts of its own, on the same process groups and replay.
 
-        PEFT copies routers that it trains (`modules_to_save`); a process group cannot be copied, and Megatron-Core
-        finds a replay by the list that it was put into when it was made.
+        A process group cannot be copied, and Megatron-Core finds a replay by the list that it was put into when it was
+        made. A router that is copied by itself (PEFT, `modules_to_save`) stays in its model, and so on its
+        configuration; a copied model has one of its own.
         """
-        shared = (dist.ProcessGroup, ProcessGroupCollection, TransformerConfig, RouterReplay)
-        memo.update({id(value): value for value in vars(self).values() if isinstance(value, shared)})
+        kinds: tuple[type, ...] = (dist.ProcessGroup, ProcessGroupCollection, RouterReplay)
+        if not memo:
+            kinds += (TransformerConfig,)
+        memo.update({id(value): value for value in vars(self).values() if isinstance(value, kinds)})
         if self.within_batch is not None:
             memo[id(self.within_batch)] = None  # of the model that the copy will be in
         copied = type(self).__new__(type(self))
@@ -175,11 +178,11 @@ class ExpertBiasRouter(TopKRouter):
         return int(self.alf_rule) == rule_id(self.alf.rule) and bool(self.expert_bias.isfinite().all())
 
     def _own_state(self) -> list[str]:
-        rows = [STATE_PREFIX + name for name in self._state_names]
-        return ["expert_bias", "alf_n", "alf_rule", *rows, *["alf_micro_batches"] * self.moves_within_batch]
+        """As the router was built: `alf` may have been replaced since, by a frozen one say."""
+        return ["expert_bias", *(name for name in self._buffers if name.startswith(STATE_PREFIX))]
 
     def _saved_state(self) -> list[str]:
-        return ["expert_bias"] if self.alf.frozen else self._own_state()
+        return [name for name in self._own_state() if name not in self._non_persistent_buffers_set]
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
@@ -190,7 +193,7 @@ class ExpertBiasRouter(TopKRouter):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> ExpertBiasRouter:
         """Moves to another device, but never rounds our state: `Float16Module` casts every floating buffer."""
-        exact = {name: getattr(self, name) for name in [*self._own_state(), *["batch_bias"] * self.moves_within_batch]}
+        exact = {name: getattr(self, name) for name in [*self._own_state(), "batch_bias"] if name in self._buffers}
         super()._apply(fn, recurse)
         for name, value in exact.items():
             moved = getattr(self, name)

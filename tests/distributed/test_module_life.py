@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import pickle
 from typing import Any
 
@@ -9,6 +10,7 @@ import pytest
 import torch
 
 from alflb_megatron import rules
+from alflb_megatron.config import ALFConfig
 from tests.distributed import ranks
 from tests.distributed.test_router import _balancer, _hidden, _refused, _router
 
@@ -154,7 +156,12 @@ def _deep_copied() -> dict[str, Any]:
         router = _router({"rule": "adaptive"}, sequence_parallel=True, tensor_model_parallel_size=2)
         assert _moved_somewhere(router)
         other = copy.deepcopy(router)
+        block = torch.nn.ModuleList([router])
+        block.config = router.config
+        model = copy.deepcopy(block)
         return {
+            "configuration": [other.config is router.config, model.config is router.config],
+            "one configuration": model[0].config is model.config,
             "state": _state_of(other) == _state_of(router),
             "apart": other.expert_bias is not router.expert_bias and other.weight is not router.weight,
             "marks": vars(other.weight).get("sequence_parallel"),
@@ -172,7 +179,8 @@ def _moved_somewhere(router: Any) -> bool:
 
 def test_a_deep_copy_has_a_state_of_its_own_and_the_marks_of_its_parameters() -> None:
     for found in ranks.run(2, _deep_copied):
-        assert found == {"state": True, "apart": True, "marks": True, "group": True}
+        assert found.pop("configuration") == [True, False]
+        assert all(found.values()), found
 
 
 def _compiled(rule: str) -> list[int]:
@@ -180,17 +188,25 @@ def _compiled(rule: str) -> list[int]:
     import torch._dynamo
     from torch.utils.checkpoint import checkpoint
 
+    os.environ.pop("TORCHDYNAMO_DISABLE")  # the tests' ranks have it
     torch._dynamo.config.disable = False
-    found = []
+    found: list[int] = []
+    graphs: list[torch.fx.GraphModule] = []
+
+    def backend(graph: torch.fx.GraphModule, _: Any) -> Any:
+        graphs.append(graph)
+        return graph.forward
+
     with ranks.model_parallel():
         for recompute in (False, True):
             router = _router({"rule": rule})
-            compiled = torch.compile(lambda hidden, router=router: router(hidden)[0] * 2, backend="eager")
+            compiled = torch.compile(lambda hidden, router=router: router(hidden)[0] * 2, backend=backend)
             for seed in range(10):
                 hidden = _hidden(seed).requires_grad_()
                 output = checkpoint(compiled, hidden, use_reentrant=False) if recompute else compiled(hidden)
                 output.square().sum().backward()
             found.append(int(router.load_counter.tokens_per_expert.sum()))
+    assert graphs, "nothing was compiled"
     return found
 
 
@@ -269,3 +285,19 @@ def test_settings_that_change_after_the_build_count_as_for_megatron_core() -> No
     (found,) = ranks.run(1, _changed_after_the_build)
     ours, plain = found.values()
     assert ours == plain and ours[:2] == [3 * 128, 128] and ours[2] == pytest.approx(2.5 * 128, rel=1e-3)
+
+
+def _frozen_after_the_build() -> dict[str, Any]:
+    """What a router saves and loads strictly is what it was built with, whatever its settings became."""
+    with ranks.model_parallel():
+        router, other = _router({"rule": "adaptive"}), _router({"rule": "adaptive"})
+        assert _moved(router)
+        saved = router.state_dict()
+        router.alf = other.alf = ALFConfig(rule="adaptive", frozen=True)
+        other.load_state_dict(saved)
+        other.load_state_dict(router.state_dict())
+        return {"state": _state_of(other) == _state_of(router), "bfloat16": other.bfloat16().expert_bias.dtype}
+
+
+def test_a_router_whose_settings_are_frozen_after_the_build_loads_its_own_checkpoint() -> None:
+    assert ranks.run(1, _frozen_after_the_build) == [{"state": True, "bfloat16": torch.float32}]
