@@ -15,6 +15,8 @@ import torch
 from alflb_megatron.hosts import log
 from alflb_megatron.hosts.cpu import trainers
 from tests import forked
+from tests.distributed import jobs
+from tests.distributed import ranks as distributed_ranks
 from tests.hosts.launched import free_port, logged, ranks, torchrun
 from tests.hosts.saved import biases, same, tensors
 
@@ -196,3 +198,38 @@ def test_two_ranks_say_it_once_also_when_the_model_is_built(tmp_path: Path) -> N
     with pytest.raises(AssertionError) as failed:
         train(2, tmp_path, "model.moe_router_load_balancing_type=sinkhorn", start=torchrun)
     assert str(failed.value).count("alflb: --moe-router-load-balancing-type=sinkhorn: chooses experts by itself") == 1
+
+
+def _watched_under_an_adapter() -> list[int]:
+    """Tokens counted of Megatron-Core's router, by itself and under LoRA, each shown 64 of two experts."""
+    import dataclasses
+
+    trainers.prepare_bridge()
+    try:
+        from megatron.bridge.peft.lora_layers import LoRATopKRouter
+    except ImportError:
+        return []
+    from megatron.core.transformer.moe.moe_utils import get_default_pg_collection
+    from megatron.core.transformer.moe.router import TopKRouter
+
+    from alflb_megatron.hosts.watch import watch_loads
+    from alflb_megatron.lab.training import build
+
+    with distributed_ranks.model_parallel():
+        config = dataclasses.replace(build.transformer_config(jobs.plan({"rule": "builtin", "nproc": 1})))
+        plain, adapted = (TopKRouter(config=config, pg_collection=get_default_pg_collection()) for _ in range(2))
+        for number, router in enumerate((plain, adapted), 1):
+            router.set_layer_number(number)
+        adapter = torch.nn.Linear(config.hidden_size, config.num_moe_experts, bias=False)
+        model = torch.nn.ModuleList([plain, LoRATopKRouter(adapted, adapter)])
+        watch_loads([model])
+        for module in model:
+            module(torch.randn(32, 2, config.hidden_size))
+        return [int(router.load_counter.tokens_per_expert.sum()) for router in (plain, adapted)]
+
+
+def test_the_loads_of_a_router_under_an_adapter_are_watched() -> None:
+    (counted,) = distributed_ranks.run(1, _watched_under_an_adapter)
+    if not counted:
+        pytest.skip("this Megatron-Bridge has no adapter of routers")
+    assert counted == [128, 128]
