@@ -282,6 +282,7 @@ def main() -> None:
     parser.add_argument("--runs", type=Path, default=Path("runs/balance"), help="where recorded trainings are kept")
     parser.add_argument("--json", type=Path, default=machine.RESULTS / "neighbours.json")
     flags = parser.parse_args()
+    recorded = [(name, open_scores(record(name, flags.runs, SEED))) for name in RECORDED]
     from alflb_megatron.hosts import cpu
 
     cpu.prepare()
@@ -294,7 +295,6 @@ def main() -> None:
     torch.distributed.init_process_group("gloo")
     parallel_state.initialize_model_parallel()
     build.seed_ranks(0)
-    recorded = [(name, open_scores(record(name, flags.runs, SEED))) for name in RECORDED]
     made = [(stream.name, stream.recording(SEED)) for stream in (*SIMULATED, *BEYOND) if stream.name in STREAMS]
     made += [(workload.name, workload.recording(SEED)) for workload in WORKLOADS]
     rows, inside = [], []
