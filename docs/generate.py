@@ -176,15 +176,20 @@ def _counts(counts: dict[str, int], mark: str = "") -> str:
     return " | ".join(f"{mark}{counts[key]:,}{mark}" for key in ("tried", "survived", "lost"))
 
 
-SWEEPS = ("wang2024", "han_zhong", "beyond")
+SWEEPS = {"wang2024": "mini", "han_zhong": "mini", "beyond": "mini", "settled": "settled"}
+"""Plans and their scales."""
+
+
+def sweep_rows(name: str) -> list[dict[str, Any]]:
+    return collect.read_csv(HERE / "results" / f"{name}-{SWEEPS[name]}.csv")
 
 
 def results() -> str:
-    """The page as it is, its tables from docs/results/*-mini.csv and the figures that `draw_results` draws."""
+    """The page as it is, its tables from docs/results/*.csv and the figures that `draw_results` draws."""
     text = (HERE / "results.md").read_text(encoding="utf-8")
-    for name in SWEEPS:
-        rows = collect.read_csv(HERE / "results" / f"{name}-mini.csv")
-        sweep = plan_file.read_plan(plan_file.find_plan(name), "mini")
+    for name, scale in SWEEPS.items():
+        rows = sweep_rows(name)
+        sweep = plan_file.read_plan(plan_file.find_plan(name), scale)
         block = tables.sweep_page(sweep, rows, figures.figure_files(name, rows), folder="results/")
         between = f"<!-- {name} -->\n\n{block}\n<!-- /{name} -->"
         text = re.sub(rf"<!-- {name} -->.*<!-- /{name} -->", lambda _, new=between: new, text, flags=re.S)
@@ -194,7 +199,7 @@ def results() -> str:
 def draw_results() -> None:
     """Every figure of docs/results.md."""
     for name in SWEEPS:
-        figures.draw_figures(name, collect.read_csv(HERE / "results" / f"{name}-mini.csv"), HERE / "results")
+        figures.draw_figures(name, sweep_rows(name), HERE / "results")
 
 
 PAGES = {

@@ -11,7 +11,7 @@ from alflb_megatron.lab.cli import main
 from alflb_megatron.lab.sweep import collect, figures
 
 DOCS = Path(__file__).parent.parent / "docs"
-SWEEPS = ("wang2024", "han_zhong", "beyond")
+SWEEPS = {"wang2024": "mini", "han_zhong": "mini", "beyond": "mini", "settled": "settled"}
 
 
 def block(name: str) -> str:
@@ -23,8 +23,8 @@ def block(name: str) -> str:
 
 @pytest.mark.parametrize("name", SWEEPS)
 def test_one_command_makes_the_tables_and_every_figure_from_the_rows(name: str, tmp_path: Path) -> None:
-    csv = DOCS / "results" / f"{name}-mini.csv"
-    assert main(["reproduce", name, "--scale", "mini", "--results", str(csv), "--out", str(tmp_path)]) == 0
+    csv, scale = DOCS / "results" / f"{name}-{SWEEPS[name]}.csv", SWEEPS[name]
+    assert main(["reproduce", name, "--scale", scale, "--results", str(csv), "--out", str(tmp_path)]) == 0
     linked = re.findall(r"!\[[^\]]*\]\(results/([^)]+)\)", block(name))
     assert linked and sorted(linked) == sorted(path.name for path in tmp_path.glob("*.png"))
     for figure in linked:
@@ -36,7 +36,7 @@ def test_one_command_makes_the_tables_and_every_figure_from_the_rows(name: str, 
 @pytest.mark.parametrize("name", SWEEPS)
 def test_figures_show_other_rows_differently(name: str, tmp_path: Path) -> None:
     """A figure is drawn from the rows, not from anything else."""
-    rows = collect.read_csv(DOCS / "results" / f"{name}-mini.csv")
+    rows = collect.read_csv(DOCS / "results" / f"{name}-{SWEEPS[name]}.csv")
     for one in ("as_they_are", "changed"):
         (tmp_path / one).mkdir()
     figures.draw_figures(name, rows, tmp_path / "as_they_are")
@@ -48,8 +48,8 @@ def test_figures_show_other_rows_differently(name: str, tmp_path: Path) -> None:
     assert all((tmp_path / "changed" / file).read_bytes() != image for file, image in drawn.items())
 
 
-def test_the_rows_are_of_the_whole_plan_at_one_revision() -> None:
-    for name in SWEEPS:
-        rows = collect.read_csv(DOCS / "results" / f"{name}-mini.csv")
+def test_the_rows_are_of_one_revision() -> None:
+    for name, scale in SWEEPS.items():
+        rows = collect.read_csv(DOCS / "results" / f"{name}-{scale}.csv")
         (revision,) = {row["revision"] for row in rows}
         assert re.fullmatch(r"[0-9a-f]{40}", revision)  # of a clean checkout
