@@ -204,14 +204,15 @@ weight and the average's rate are in brackets. Its update is derived here from i
 had. W1 to W7 are the workloads of Megatron-LM's pull request 7488 as scores
 ([`streams.py`](../benchmarks/streams.py)): a hot quarter of the experts, a half that nobody chooses, a hot quarter that
 moves on every three steps, and one that is hot in one step of four. A bias that moves once a step can only follow what
-stays; inside the step, here {neighbours.MICRO_BATCHES} micro-batches, it follows these too. Cells as above.
+stays: it is late for the third, and to the fourth it answers a step too late, worse than `sign`, which hardly moves.
+Inside the step, here of {neighbours.MICRO_BATCHES} micro-batches, less of either is left. Cells as above.
 
 {section("neighbours", neighbours.table)}
 
 Two correct the scores of a token by the tokens before it in its sequence: Su's moving quantile balancing and Chang's
 causal dual bias, as far as they could be read ([`neighbours.py`](../benchmarks/neighbours.py)). They even out single
 sequences, which a bias does not, and pay for it in scores kept. MaxVio of the step over the floor / MaxVio inside a
-sequence / scores kept:
+sequence / scores kept. Tokens are taken sequence by sequence here, so the sample of margins is another than above.
 
 {neighbours.inside_table(found) if (found := results("neighbours")) else "Not measured."}
 
