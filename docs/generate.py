@@ -189,7 +189,7 @@ def results() -> str:
     text = (HERE / "results.md").read_text(encoding="utf-8")
     for name, scale in SWEEPS.items():
         rows = sweep_rows(name)
-        sweep = plan_file.read_plan(plan_file.find_plan(name), scale)
+        sweep = collect.part(plan_file.read_plan(plan_file.find_plan(name), scale), [row["run"] for row in rows])
         block = tables.sweep_page(sweep, rows, figures.figure_files(name, rows), folder="results/")
         between = f"<!-- {name} -->\n\n{block}\n<!-- /{name} -->"
         text = re.sub(rf"<!-- {name} -->.*<!-- /{name} -->", lambda _, new=between: new, text, flags=re.S)

@@ -44,6 +44,7 @@ def test_figures_show_other_rows_differently(name: str, tmp_path: Path) -> None:
     for row in rows:
         row["maxvio_global"] *= 1 + row["seed"]
         row["maxvio_curve"] = [2 + value for value in row["maxvio_curve"]]
+        row["maxvio_global_curve"] = [2 + value for value in row["maxvio_global_curve"]]
     figures.draw_figures(name, rows, tmp_path / "changed")
     assert all((tmp_path / "changed" / file).read_bytes() != image for file, image in drawn.items())
 
