@@ -82,21 +82,23 @@ def moved(counts_LEC: Tensor, by_LE: Tensor) -> Tensor:
     return _resampled(counts_LEC, by_LE, _edges(counts_LEC.device))
 
 
-def spread(counts_LEC: Tensor, by_LE: Tensor) -> Tensor:
-    """The same in the bins of `margins`, [L, E, B], for what reads those."""
+def spread(counts_LEC: Tensor, by_LE: Tensor | None = None) -> Tensor:
+    """The same in the bins of `margins`, [L, E, B], for what reads those; without a change by default."""
     return _resampled(counts_LEC, by_LE, margins.edges(counts_LEC.device)[1:-1])
 
 
-def _resampled(counts_LEC: Tensor, by_LE: Tensor, onto: Tensor) -> Tensor:
+def _resampled(counts_LEC: Tensor, by_LE: Tensor | None, onto: Tensor) -> Tensor:
     """Counts between the edges `onto` of margins changed by `by_LE`, taken to lie evenly in their bins."""
     edges = _edges(counts_LEC.device)
     inner = counts_LEC[..., 1:-1]
-    below = torch.nn.functional.pad(inner.cumsum(-1), (1, 0))  # at each edge; at the last, all
-    place = (onto - by_LE.double().unsqueeze(-1)).clamp(edges[0], edges[-1])
+    below = torch.nn.functional.pad(inner.cumsum(-1), (1, 0)).double()  # at each edge; at the last, all; exact
+    place = (onto if by_LE is None else onto - by_LE.double().unsqueeze(-1)).clamp(edges[0], edges[-1])
     upper = torch.searchsorted(edges, place.contiguous(), right=True).clamp(1, edges.numel() - 1)
     low, high = edges[upper - 1], edges[upper]
-    start, end = below.gather(-1, upper - 1), below.gather(-1, upper)
-    at = start + ((place - low) / (high - low) * (end - start)).round().to(below.dtype)
-    # what would leave at an end stays in the last bin
-    at = torch.cat([below[..., :1], at[..., 1:-1], below[..., -1:]], dim=-1)
-    return torch.cat([counts_LEC[..., :1], at.diff(dim=-1), counts_LEC[..., -1:]], dim=-1)
+    if by_LE is None:  # one place for all experts
+        start, end = below.index_select(-1, upper - 1), below.index_select(-1, upper)
+    else:
+        start, end = below.gather(-1, upper - 1), below.gather(-1, upper)
+    at = end.sub_(start).mul_((place - low) / (high - low)).round_().add_(start)
+    at[..., 0], at[..., -1] = below[..., 0], below[..., -1]  # what would leave at an end stays in the last bin
+    return torch.cat([counts_LEC[..., :1], at.diff(dim=-1).to(counts_LEC.dtype), counts_LEC[..., -1:]], dim=-1)

@@ -100,7 +100,7 @@ class Pool:
 
     def _follow(self, pool_LEC: Tensor, sound_L1: Tensor) -> None:
         """Moves the batch's bias to where the pooled tokens ask for it, and the pool with it."""
-        stats = self._stats(near_ties.spread(pool_LEC, torch.zeros_like(self.bias_LE)))
+        stats = self._stats(near_ties.spread(pool_LEC))
         asked = self.config.rule_knobs.share_of_move(stats, self.state)
         assert asked is not None, "a rule that is shown margins says what share of their move it takes"
         move_LE, share_L1 = asked
