@@ -248,20 +248,9 @@ def table(results: dict[str, Any]) -> str:
 
 
 def run(quick: bool, rounds: int) -> dict[str, Any]:
-    from alflb_megatron.hosts import cpu
-
-    cpu.prepare()
-    from megatron.core import parallel_state
-
-    from alflb_megatron.lab.training import build, launch
     from benchmarks import machine
 
-    torch.set_num_threads(1)
-    launch.as_single_rank()
-    cuda = torch.cuda.is_available()
-    torch.distributed.init_process_group("nccl" if cuda else "gloo")
-    parallel_state.initialize_model_parallel()
-    build.seed_ranks(0)
+    machine.be_one_rank()
     batches = ((MICRO_BATCHES, RANKS), (1, 1))
     shapes = list(itertools.product(batches, ("sigmoid", "softmax"), TOPK, (4096, 16384)))
     if quick:

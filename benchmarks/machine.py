@@ -30,6 +30,22 @@ def versioned(name: str) -> str:
     return f"{name}.json" if core == OLDEST else f"{name}-mcore-{core}.json"
 
 
+def be_one_rank(seed: int = 0) -> None:
+    """Makes of this process Megatron-Core's one rank, on one thread: groups made, weights seeded."""
+    from alflb_megatron.hosts import cpu
+
+    cpu.prepare()
+    from megatron.core import parallel_state
+
+    from alflb_megatron.lab.training import build, launch
+
+    torch.set_num_threads(1)
+    launch.as_single_rank()
+    torch.distributed.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+    parallel_state.initialize_model_parallel()
+    build.seed_ranks(seed)
+
+
 def describe() -> dict[str, Any]:
     """Versions and processor; the command without the folder of the interpreter."""
     return {

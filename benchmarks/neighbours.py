@@ -283,18 +283,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, default=machine.RESULTS / "neighbours.json")
     flags = parser.parse_args()
     recorded = [(name, open_scores(record(name, flags.runs, SEED))) for name in RECORDED]
-    from alflb_megatron.hosts import cpu
-
-    cpu.prepare()
-    from megatron.core import parallel_state
-
-    from alflb_megatron.lab.training import build, launch
-
-    torch.set_num_threads(1)
-    launch.as_single_rank()
-    torch.distributed.init_process_group("gloo")
-    parallel_state.initialize_model_parallel()
-    build.seed_ranks(0)
+    machine.be_one_rank()
     made = [(stream.name, stream.recording(SEED)) for stream in (*SIMULATED, *BEYOND) if stream.name in STREAMS]
     made += [(workload.name, workload.recording(SEED)) for workload in WORKLOADS]
     rows, inside = [], []

@@ -76,14 +76,7 @@ class Stream:
             weights_EH = weights_EH * (length / weights_EH.norm())
 
     def recording(self, seed: int) -> Recording:
-        return Recording(
-            layers=(0,),
-            experts=self.experts,
-            steps=self.steps,
-            read=lambda: self.scores(seed),
-            gating=Gating(self.topk, self.gate, *(self.groups or ())),
-            name=self.name,
-        )
+        return _of_one_layer(self, seed, Gating(self.topk, self.gate, *(self.groups or ())))
 
 
 SIMULATED = (
@@ -150,14 +143,11 @@ class Workload:
             yield scores_TE[None]
 
     def recording(self, seed: int) -> Recording:
-        return Recording(
-            layers=(0,),
-            experts=self.experts,
-            steps=self.steps,
-            read=lambda: self.scores(seed),
-            gating=Gating(self.topk, "sigmoid"),
-            name=self.name,
-        )
+        return _of_one_layer(self, seed, Gating(self.topk, "sigmoid"))
+
+
+def _of_one_layer(stream: Stream | Workload, seed: int, gating: Gating) -> Recording:
+    return Recording((0,), stream.experts, stream.steps, lambda: stream.scores(seed), gating, stream.name)
 
 
 WORKLOADS = tuple(map(Workload, ("W1_hot_expert_set", "W5_zero_expert_rank", "W6_rotating_hotspot", "W7_burst")))

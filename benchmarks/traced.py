@@ -108,21 +108,14 @@ def counted(work: Callable[[], Any]) -> dict[str, int]:
 
 def measure(experts: int = EXPERTS, topk: int = TOPK, tokens: int = TOKENS, hidden: int = HIDDEN) -> dict[str, Any]:
     """Launches and bytes of one router's forward and backward, and of one update of cost.LAYERS layers, by kind."""
-    from alflb_megatron.hosts import cpu
+    from benchmarks import cost, machine
 
-    cpu.prepare()
+    machine.be_one_rank()
     from megatron.core import num_microbatches_calculator as calculator
-    from megatron.core import parallel_state
 
-    from alflb_megatron.lab.training import build, launch
+    from alflb_megatron.lab.training import build
     from alflb_megatron.lab.training.resolve import resolve
-    from benchmarks import cost
 
-    torch.set_num_threads(1)
-    launch.as_single_rank()
-    torch.distributed.init_process_group("gloo")
-    parallel_state.initialize_model_parallel()
-    build.seed_ranks(0)
     plan = resolve({"rule": "none", "nproc": 1, "ep": 1}, {"num_experts": experts, "topk": topk}, {})
     config = dataclasses.replace(
         build.transformer_config(plan), hidden_size=hidden, moe_router_dtype="fp32", params_dtype=torch.bfloat16

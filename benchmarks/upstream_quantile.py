@@ -85,21 +85,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--runs", type=Path, default=Path("runs/balance"))
     arguments = parser.parse_args()
-    from alflb_megatron.hosts import cpu
-
-    cpu.prepare()
-    from megatron.core import parallel_state
-
-    from alflb_megatron.lab.training import build, launch
-
-    torch.set_num_threads(1)
-    launch.as_single_rank()
-    torch.distributed.init_process_group("gloo")
-    parallel_state.initialize_model_parallel()
-    build.seed_ranks(0)
+    recorded = [open_scores(record(name, arguments.runs, SEED)) for name in RECORDED]
+    machine.be_one_rank()
     rows = []
-    for name in RECORDED:
-        recording = open_scores(record(name, arguments.runs, SEED))
+    for name, recording in zip(RECORDED, recorded, strict=True):
         players: dict[str, Any] = {"Megatron-Core quantile_balancing": Upstream(recording)}
         players |= {rule: rules.make(rule) for rule in ("quantile", "adaptive")}
         found = replay(recording, players, hindsight=False)

@@ -198,21 +198,14 @@ def cost(rounds: int = 15, layers: int = 8, micro_batches: int = 8, hidden_size:
 
     from alflb_megatron.balancer import Balancer
     from alflb_megatron.config import ALFConfig
-    from alflb_megatron.hosts import cpu
 
-    cpu.prepare()
-    as_single_rank()
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo")
-    from megatron.core import parallel_state
+    machine.be_one_rank(seed=1)
     from megatron.core.transformer.moe.moe_utils import get_default_pg_collection
 
     from alflb_megatron.hosts.core import RouterBuilder
     from alflb_megatron.lab.training import build
     from alflb_megatron.within_batch import WithinBatch
 
-    parallel_state.initialize_model_parallel()
-    build.seed_ranks(1)
     rows = []
     for experts, topk, tokens in COST_SHAPES:
         plan = resolve({"rule": "none", "nproc": 1, "ep": 1}, {"num_experts": experts, "topk": topk}, {})
