@@ -88,6 +88,7 @@ class Balancer:
         self.group = group
         self.last: Record | None = None
         self.updates = 0
+        self._launches = 0  # as many on every rank, where updates may not be: a step can fail on one of them
         self.rejections: Tensor | int = 0  # updates refused so far, int64 [layers] once there was one to judge
         self.disagreements = 0  # checks so far that found ranks with different biases or rule state
         self._sum: LoadAllReduce | None = None
@@ -114,6 +115,7 @@ class Balancer:
             checksum = agreement.checksum(self._digests) if self._digests else None
             counters = [router.load_counter for router in self.routers]
             self._sum = LoadAllReduce(counters, self.group, self._needs_histograms(), checksum)
+            self._launches += 1
 
     @torch.no_grad()
     def commit(self) -> Record | None:
@@ -225,7 +227,7 @@ class Balancer:
         """Whether the update that begins now looks for ranks that differ; every rank has the same settings."""
         every = max((router.alf.check_every for router in self.routers if router.alf), default=0)
         alone = not dist.is_initialized() or dist.get_world_size(self.group) == 1
-        return every > 0 and not alone and self.updates % every == 0
+        return every > 0 and not alone and self._launches % every == 0
 
     def _check(self, checksum: Tensor) -> str:
         """Finds ranks that differ and makes them equal, or raises; what is to be said of it, "" where all agree."""

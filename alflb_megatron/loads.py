@@ -79,6 +79,7 @@ class LoadCounter(nn.Module):
         if histogram is not None:
             margins.edges(histogram.device)  # copied to the device now, not while a CUDA graph is captured
         self.counting_all = False
+        self.within_batch: Any = None  # what is shown these counts micro-batch by micro-batch (`WithinBatch`)
         self.passes = 0  # forward passes counted since the last reset; on the host, for diagnostics
         _LIVE.add(self)
 

@@ -114,6 +114,13 @@ class ALFRouter(ExpertBiasRouter):
         Returns:
             Gate weights [T, E] (zero where not chosen) and the routing map, bool [T, E], T = sequence * batch.
         """
+        if self.num_experts != len(self.expert_bias):
+            raise SettingError(
+                "num_moe_experts",
+                self.num_experts,
+                f"must be {len(self.expert_bias)}, as the router was built: prune the experts of a model with "
+                "Megatron-Core's own routers (moe_router_enable_expert_bias), whose checkpoint loads here",
+            )
         sequence, batch = logits.shape[:2]
         logits_TE = logits.view(-1, self.num_experts)
         padding_T = None if padding_mask is None else padding_mask.reshape(-1)

@@ -67,7 +67,15 @@ class ExpertBiasRouter(TopKRouter):
     alf_rule: Tensor
     batch_bias: Tensor
     alf_micro_batches: Tensor
-    within_batch: WithinBatch | None = None
+
+    @property
+    def within_batch(self) -> WithinBatch | None:
+        """What moves the bias inside the global batch; with the counts, which a shallow copy of a router shares."""
+        return self.load_counter.within_batch
+
+    @within_batch.setter
+    def within_batch(self, within: WithinBatch | None) -> None:
+        self.load_counter.within_batch = within
 
     @property
     def stands_still(self) -> bool:
@@ -201,6 +209,14 @@ class ExpertBiasRouter(TopKRouter):
                 self._buffers[name] = value.to(device=moved.device)
         return self
 
+    def _take_memory(self, device: torch.device) -> None:
+        """Gives counts that are on the meta device, of which no checkpoint holds any, memory of their own."""
+        if self.load_counter.tokens_per_expert.is_meta:
+            self.load_counter.to_empty(device=device)
+            self.load_counter.reset_parameters()
+        if self.moves_within_batch and self.batch_bias.is_meta:
+            self.batch_bias = torch.zeros_like(self.batch_bias, device=device)
+
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
         """Loads, and says once what of a checkpoint is not carried on.
 
@@ -210,12 +226,18 @@ class ExpertBiasRouter(TopKRouter):
         and n and state begin afresh: the n of u / n, or a gain learnt with another rule, would mislead this one.
         """
         saved = self._saved_state()
-        first = {STATE_PREFIX + name: row for name, row in self._first_state().items() if STATE_PREFIX + name in saved}
+        given = next((state_dict[name] for n in ("expert_bias", "weight") if (name := prefix + n) in state_dict), None)
+        device = given.device if given is not None and self.expert_bias.is_meta else self.expert_bias.device
+        first = {
+            STATE_PREFIX + name: row.to(device)  # assigned as they are, where a load assigns
+            for name, row in self._first_state().items()
+            if STATE_PREFIX + name in saved
+        }
         # Not what `alf_rule` holds: a distributed checkpoint is read into the buffers themselves, and then handed in.
-        beginning = {"alf_rule": self.alf_rule.new_tensor([rule_id(self.alf.rule)]), **first}
+        beginning = {"alf_rule": torch.tensor([rule_id(self.alf.rule)], device=device), **first}
         written_by = state_dict.get(prefix + "alf_rule") if "alf_rule" in saved else None
         if written_by is not None and int(written_by) != rule_id(self.alf.rule):
-            afresh = {"alf_n": torch.zeros_like(self.alf_n), **beginning}
+            afresh = {"alf_n": torch.zeros_like(self.alf_n, device=device), **beginning}
             state_dict.update({prefix + name: row for name, row in afresh.items()})
             log_once(
                 f"the checkpoint was written by rule {_rule_name(int(written_by))}: rule {self.alf.rule} goes on from "
@@ -242,8 +264,11 @@ class ExpertBiasRouter(TopKRouter):
                 # a cast checkpoint may be assigned as it is
                 state_dict[prefix + name] = state_dict[prefix + name].to(mine.dtype)
             else:
-                state_dict[prefix + name] = beginning.get(name, torch.zeros_like(mine)) if begins else mine
+                state_dict[prefix + name] = (
+                    beginning.get(name, torch.zeros_like(mine, device=device)) if begins else mine
+                )
         if whole:
+            self._take_memory(device)
             reset([self.load_counter])
             if self.within_batch is not None:
                 self.within_batch.end(committed=False)

@@ -29,6 +29,9 @@ from alflb_megatron.update import MicroBatches, Shown, alike, stacked_state
 _LIVE: WeakSet[WithinBatch] = WeakSet()
 BEGUN = 1024
 """Global batches are told apart modulo this."""
+MESSAGES_GIVEN_UP = 64
+"""What a rank sends of a global batch that is given up, at least: others may have come further, and one that gave up
+before its first micro-batch knows of their number no more than what it was told."""
 
 
 _LEFT: WeakSet[Any] = WeakSet()
@@ -37,18 +40,18 @@ _LEFT: WeakSet[Any] = WeakSet()
 def detach_all() -> None:
     """Leaves every router of this process to its price, until it is attached again."""
     for within in list(_LIVE):
-        _LEFT.update(within.routers)
+        _LEFT.update(router.load_counter for router in within.routers)
         within.detach()
 
 
 def attach_again(routers: Iterable[Any] | None = None) -> None:
     """Takes `detach_all` back for some routers, or for all."""
-    _LEFT.difference_update(list(_LEFT) if routers is None else list(routers))
+    _LEFT.difference_update(list(_LEFT) if routers is None else [router.load_counter for router in routers])
 
 
 def may_move(router: Any) -> bool:
     """Whether micro-batches are to move the bias of this router."""
-    return bool(router.moves_within_batch) and router not in _LEFT
+    return bool(router.moves_within_batch) and router.load_counter not in _LEFT
 
 
 class WithinBatch:
@@ -65,13 +68,14 @@ class WithinBatch:
         self.messages = self.bytes_sent = 0  # of this global batch
         self._begun = 0  # global batches so far, given up or not
         self._open = False  # whether one was begun, or announced, that is not over
-        self._messages_before = 0  # of the last one that was committed
+        self._told = 0  # micro-batches of this one, as far as Megatron-Core was told
+        self._messages_before = 0  # of the last one that was whole
         self._given_up: list[tuple[Tensor, Any]] = []  # messages of one that was not
         self._pools: list[Pool] = []
         self._moving: set[int] = set()
         self._passes = 0  # of routers, in this micro-batch
         self._passes_before = 0  # in the one before
-        self._launched = self._finished = False
+        self._launched = self._finished = self._whole = False
         self._hook: RemovableHandle | None = None
         self._flags: list[Tensor] = []
         self._sum: tuple[Tensor, Any] | None = None
@@ -102,7 +106,7 @@ class WithinBatch:
     def open(self) -> None:
         """A global batch is about to begin, on all ranks; one that was open has been given up."""
         self.end(committed=False)
-        self._open = True
+        self._open, self._told = True, self.routers[0].micro_batches_told()
 
     # -- called in forward passes -------------------------------------------------------------------------------------
 
@@ -124,7 +128,7 @@ class WithinBatch:
 
     def moves(self, router: Any) -> bool:
         """Whether this global batch moves the bias of a router, which is settled when it begins."""
-        return id(router) in self._moving
+        return id(router.load_counter) in self._moving
 
     @torch.no_grad()
     def end_pass(self, router: Any) -> None:
@@ -153,6 +157,7 @@ class WithinBatch:
         self._launch(final=True)
         self._take(is_last=True, left_over=True)
         self._refuse_uneven(1 if not dist.is_initialized() else dist.get_world_size(self.group))
+        self._whole, self._messages_before = True, self.messages
 
     def shown(self, routers: Sequence[Any]) -> Shown | None:
         """What is to be said to the rule of these routers; None where one micro-batch was all, or none."""
@@ -174,23 +179,22 @@ class WithinBatch:
     def end(self, committed: bool) -> None:
         """The global batch is over, or was given up; what is under way is forgotten.
 
-        Ranks may give one up at different micro-batches. Each sends as many messages as the one before had, empty ones
-        for those that it came not to: the next one finds all ranks at the same message.
+        Ranks may give one up at different micro-batches. Each goes on to the same number of messages, empty ones for
+        those that it came not to: the next one finds all ranks at the same message.
         """
         if committed:
-            self._messages_before = self.messages
             for pool in self._pools:
                 for router in pool.routers:
                     router.alf_micro_batches.fill_(self.micro_batches)
-        elif self._open:
+        elif self._open and not self._whole:
             if not self._pools:
                 self._begin()
             self._given_up = [self._sum] if self._sum is not None else []  # held until they have arrived
-            while self.messages < self._messages_before:
+            while self.messages < max(self._messages_before, self._told + 1, MESSAGES_GIVEN_UP):
                 self._launch(empty=True)
                 self._given_up += [self._sum] if self._sum is not None else []
         self.micro_batches = self.messages = self.bytes_sent = 0
-        self._sum, self._launched, self._finished = None, False, False
+        self._sum, self._launched, self._finished, self._whole = None, False, False, False
         self._pools, self._flags, self._open = [], [], False
         self._moving = set()
 
@@ -198,7 +202,8 @@ class WithinBatch:
 
     def _begin(self) -> None:
         self._begun += 1
-        self._open = True
+        if not self._open:
+            self._open, self._told = True, self.routers[0].micro_batches_told()
         for config, rows in alike(self.routers):
             routers = [self.routers[row] for row in rows]
             price_LE, n_L1, state = stacked_state(routers)
@@ -209,7 +214,7 @@ class WithinBatch:
             self._pools.append(pool)
             for router in routers:
                 router.batch_bias.copy_(router.expert_bias)
-        self._moving = {id(router) for pool in self._pools for router in pool.routers}
+        self._moving = {id(router.load_counter) for pool in self._pools for router in pool.routers}
 
     def _take_micro_batch(self, is_last: bool) -> None:
         """One message for each micro-batch, launched by now or not: every rank has sent as many."""

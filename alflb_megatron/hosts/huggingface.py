@@ -71,8 +71,9 @@ def read(source: str | os.PathLike[str], flag: str = "source") -> Biases:
 
 def _read_folder(folder: Path, flag: str) -> Biases:
     rows: dict[int, Tensor] = {}
+    stacks: set[str] = set()
     for file, names in _files(folder, flag).items():
-        more, _ = _rows_of(file, flag, names)
+        more, _ = _rows_of(file, flag, names, stacks)
         if again := sorted(set(rows) & set(more)):
             raise SettingError(flag, folder, f"layer {again[0]} has more than one bias")
         rows |= more
@@ -96,6 +97,8 @@ def _read_folder(folder: Path, flag: str) -> Biases:
 
 def _files(folder: Path, flag: str) -> dict[Path, list[str] | None]:
     """The safetensors files of a model's folder that hold a bias, and the names of theirs (None: look)."""
+    if (folder / ONE_FILE).is_file():  # first, as transformers does: an index may be left of an earlier save
+        return {folder / ONE_FILE: None}
     if (folder / INDEX).is_file():
         files: dict[Path, list[str] | None] = {}
         for name, shard in _weight_map(folder, flag).items():
@@ -104,8 +107,6 @@ def _files(folder: Path, flag: str) -> dict[Path, list[str] | None]:
                 assert names is not None
                 names.append(name)
         return files
-    if (folder / ONE_FILE).is_file():
-        return {folder / ONE_FILE: None}
     if pickled := sorted(p.name for p in folder.iterdir() if p.suffix.lower() in _PICKLED):
         raise SettingError(flag, folder, f"pickled weights ({pickled[0]}) {_ADVICE}")
     raise SettingError(flag, folder, f"must hold {ONE_FILE} or {INDEX}, as the folder of a Hugging Face model does")
@@ -146,9 +147,12 @@ def _reading(path: Path, flag: str) -> Iterator[Any]:
         raise SettingError(flag, path, f"cannot be read, truncated or no safetensors file ({reason})") from None
 
 
-def _rows_of(path: Path, flag: str, names: Sequence[str] | None = None) -> tuple[dict[int, Tensor], dict[str, str]]:
-    """The biases of one file by Megatron-Core's layer, float32, and the file's metadata."""
+def _rows_of(
+    path: Path, flag: str, names: Sequence[str] | None = None, stacks: set[str] | None = None
+) -> tuple[dict[int, Tensor], dict[str, str]]:
+    """The biases of one file by Megatron-Core's layer, float32, and its metadata; refuses those of several `stacks`."""
     rows: dict[int, Tensor] = {}
+    stacks = set() if stacks is None else stacks
     with _reading(path, flag) as file:
         about = dict(file.metadata() or {})
         held = list(file.keys())
@@ -164,6 +168,10 @@ def _rows_of(path: Path, flag: str, names: Sequence[str] | None = None) -> tuple
                 raise SettingError(flag, path, text)
             if layer in rows:
                 raise SettingError(flag, path, f"layer {layer} has more than one bias")
+            stacks.add(name.rpartition("layers.")[0])
+            if len(stacks) > 1:
+                both = " and ".join(f"{stack}layers" for stack in sorted(stacks))
+                raise SettingError(flag, path, f"has biases of several stacks, {both}: give a file that holds one")
             rows[layer] = file.get_tensor(name).float()
     return rows, about
 
@@ -244,25 +252,31 @@ def put(biases: Biases, folder: str | os.PathLike[str], flag: str = "folder") ->
                     grown += biases.rows[layer].nbytes - tensors[name].nbytes
                     tensors[name] = biases.rows[layer].contiguous()
             parts[file] = _part(file, tensors, about, flag)
+        if grown and not (folder / ONE_FILE).is_file() and (index := _resized_index(folder, grown, flag)):
+            parts[folder / INDEX] = index
     except BaseException:
         for part in parts.values():
             part.unlink(missing_ok=True)
         raise
     _commit(parts)
-    if grown and (folder / INDEX).is_file():
-        _tell_size(folder, grown, flag)
-    return list(parts)
+    return [path for path in parts if path.name != INDEX]
 
 
-def _tell_size(folder: Path, grown: int, flag: str) -> None:
-    """Adds `grown` bytes to the total that the index states."""
+def _resized_index(folder: Path, grown: int, flag: str) -> Path | None:
+    """Writes the index whose total is `grown` bytes more beside the one there is; None where that states no total."""
     index = _json(folder / INDEX, flag)
     about = index.get("metadata")
-    if isinstance(about, dict) and isinstance(about.get("total_size"), int):
-        about["total_size"] += grown
-        part = folder / f".{INDEX}.part"
+    if not isinstance(about, dict) or not isinstance(about.get("total_size"), int | float):
+        return None
+    about["total_size"] += grown
+    part = folder / f".{INDEX}.part"
+    try:
         part.write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
-        _commit({folder / INDEX: part})
+    except OSError as error:
+        with suppress(OSError):
+            part.unlink(missing_ok=True)
+        raise SettingError(flag, folder / INDEX, f"cannot be written ({error.strerror})") from None
+    return part
 
 
 def _part(path: Path, tensors: Mapping[str, Tensor], about: dict[str, str] | None, flag: str) -> Path:

@@ -39,15 +39,16 @@ WRAPPERS = {"_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module"}
 def named_routers(model: Sequence[nn.Module]) -> list[NamedRouter]:
     """Every router of Megatron-Core's class or ours in the chunks of `model`, each object once.
 
-    Two that would have one path, as a copy that keeps its original's number does, are called by their own modules.
+    A shallow copy shares weights, bias and counts with its original: the two are one. Two that would have one path, as
+    a copy that keeps its original's number does, are called by their own modules.
     """
     found: dict[int, NamedRouter] = {}
     own: dict[int, str] = {}
     for chunk in model:
         for path, module in chunk.named_modules():
-            if isinstance(module, TopKRouter) and id(module) not in found:
-                found[id(module)] = _named(chunk, path, module)
-                own[id(module)] = path
+            if isinstance(module, TopKRouter) and (key := id(module._buffers)) not in found:
+                found[key] = _named(chunk, path, module)
+                own[key] = path
     count = Counter(named.path for named in found.values())
     return [
         named if count[named.path] == 1 else named._replace(path=_bare(own[key].split(".")))

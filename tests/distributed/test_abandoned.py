@@ -346,3 +346,64 @@ def _enabled_meanwhile() -> int:
 
 def test_what_install_put_in_is_not_taken_away_by_disable() -> None:
     assert ranks.run(1, _enabled_meanwhile) == [256]
+
+
+@contextlib.contextmanager
+def _failing_after_the_reduction() -> Iterator[None]:
+    """On the first rank alone, once loads and gradients have been summed."""
+    import sys
+
+    module = sys.modules["megatron.core.distributed.finalize_model_grads"]
+    with _failing(module, "_allreduce_word_embedding_grads", after=1000 * torch.distributed.get_rank()):
+        yield
+
+
+def _failed_on_one_rank(enabled: bool, every: str) -> dict[str, Any]:
+    """Neither rank calls its optimizer then, and both go on."""
+    from alflb_megatron.hosts.core import balancer_of
+
+    with _training(enabled, nproc=2, alf={"update_every": every, "check_every": 3}) as trainer:
+        trainer.step(2)
+        with contextlib.suppress(Failed), _failing_after_the_reduction():
+            trainer.step(2, optimizer=False)
+        loads = []
+        for _ in range(7):
+            trainer.step(2)
+            loads.append(trainer.loads())
+        return {"loads": loads, "n": trainer.n(), "healed": balancer_of(trainer.chunks).disagreements}
+
+
+@pytest.mark.parametrize("every", ["global-batch", "micro-batch"])
+@pytest.mark.parametrize("enabled", [True, False])
+def test_a_step_that_failed_on_one_rank_alone_is_found_by_the_next_check_and_healed(enabled: bool, every: str) -> None:
+    first, second = ranks.run(2, _failed_on_one_rank, enabled, every)
+    assert first == second
+    assert first["loads"] == [512] * 7 and first["healed"] == 1
+
+
+def _given_up_unevenly(before: tuple[int, ...], given_up: int, after: tuple[int, int], failed: bool) -> list[int]:
+    """Micro-batches move the bias; ranks give a global batch up after `after` micro-batches. Loads of what follows."""
+    with _training(True, nproc=2, alf={"update_every": "micro-batch", "check_every": 0}) as trainer:
+        for micro_batches in before:
+            trainer.step(micro_batches)
+        if failed:
+            with contextlib.suppress(Failed), _failing_after_the_reduction():
+                trainer.step(3, optimizer=False)
+        with pytest.raises(Failed), _failing(trainer.runner, "_forward_step", after[torch.distributed.get_rank()]):
+            trainer.step(given_up)
+        loads = []
+        for _ in range(2):
+            trainer.step(3)
+            loads.append(trainer.loads())
+        return loads
+
+
+@pytest.mark.parametrize(
+    ("before", "given_up", "after", "failed"),
+    [((), 3, (0, 2), False), ((1,), 4, (0, 3), False), ((2, 2), 6, (1, 5), False), ((), 3, (0, 2), True)],
+    ids=["first", "ramp-up", "ramp-up-later", "after-a-finalize-that-failed"],
+)
+def test_ranks_that_give_up_at_different_micro_batches_go_on(
+    before: tuple[int, ...], given_up: int, after: tuple[int, int], failed: bool
+) -> None:
+    assert ranks.run(2, _given_up_unevenly, before, given_up, after, failed) == [[768, 768]] * 2

@@ -301,3 +301,84 @@ def _frozen_after_the_build() -> dict[str, Any]:
 
 def test_a_router_whose_settings_are_frozen_after_the_build_loads_its_own_checkpoint() -> None:
     assert ranks.run(1, _frozen_after_the_build) == [{"state": True, "bfloat16": torch.float32}]
+
+
+class _InTurn(torch.nn.Module):
+    """Routers of one layer, of which each forward pass takes the next."""
+
+    def __init__(self, *routers: torch.nn.Module) -> None:
+        super().__init__()
+        self.routers, self.passes = torch.nn.ModuleList(routers), 0
+
+    def forward(self, hidden: torch.Tensor) -> Any:
+        self.passes += 1
+        return self.routers[self.passes % len(self.routers)](hidden)
+
+
+def _shallow_copied(alf: dict[str, Any], copies: int) -> tuple[list[int], Any]:
+    """Loads and state after three global batches of four micro-batches."""
+    import copy
+
+    from alflb_megatron.hosts.core import balancer_of
+
+    with ranks.model_parallel():
+        router = _router(alf)
+        model = _InTurn(router, *(copy.copy(router) for _ in range(copies)))
+        loads = []
+        for _ in range(3):
+            balancer = balancer_of([model])
+            for _ in range(4):
+                model(_hidden())
+            balancer.launch()
+            loads.append(int(balancer.commit().loads[0].sum()))
+        return loads, _state_of(model.routers[-1])
+
+
+@pytest.mark.parametrize("every", ["global-batch", "micro-batch"])
+@pytest.mark.parametrize("rule", ["sign", "adaptive"])
+def test_a_shallow_copy_and_its_original_are_one_router(rule: str, every: str) -> None:
+    alone, beside = (ranks.run(1, _shallow_copied, {"rule": rule, "update_every": every}, n)[0] for n in (0, 1))
+    assert beside == alone
+    assert alone[0] == [4 * 2 * 128] * 3 and alone[1]["alf_n"] == [3]
+
+
+def _with_fewer_experts() -> str:
+    from alflb_megatron.settings import SettingError
+
+    with ranks.model_parallel():
+        router = _router({"rule": "sign"})
+        router.num_experts //= 2  # as pruning does (ModelOpt's Minitron)
+        router.weight = torch.nn.Parameter(router.weight[: router.num_experts])
+        try:
+            router(_hidden())
+        except SettingError as error:
+            return str(error)
+        return ""
+
+
+def test_a_router_that_lost_experts_after_the_build_is_refused_by_name() -> None:
+    (said,) = ranks.run(1, _with_fewer_experts)
+    assert said.startswith("num_moe_experts=4: must be 8, as the router was built"), said
+
+
+def _assigned(rule: str, what: str) -> dict[str, Any]:
+    """A router moved to the meta device that takes over the very tensors of a checkpoint."""
+    with ranks.model_parallel():
+        source, router = _router({"rule": "sign" if what == "another rule" else rule}), _router({"rule": rule})
+        assert _moved(source)
+        saved = source.state_dict()
+        if what == "without state":
+            saved = {name: value for name, value in saved.items() if not name.startswith("alf_")}
+        router.to("meta").load_state_dict(saved, assign=True)
+        return {
+            "bias": torch.equal(router.expert_bias, source.expert_bias),
+            "meta": [name for name, tensor in router.state_dict().items() if tensor is not None and tensor.is_meta],
+            "n": int(router.alf_n),
+            "moved": _moved(router) if what != "own" else bool(router(_hidden())[1].any()),
+        }
+
+
+@pytest.mark.parametrize("what", ["own", "without state", "another rule"])
+def test_a_router_on_the_meta_device_that_is_assigned_a_checkpoint_routes_and_counts(what: str) -> None:
+    (found,) = ranks.run(1, _assigned, "adaptive", what, without=FACTORIES)
+    assert found == {"bias": True, "meta": [], "n": int(what == "own"), "moved": True}

@@ -276,6 +276,20 @@ def test_put_writes_all_files_or_none(tmp_path: Path) -> None:
     assert [path.name for path in folder.glob(".*")] == [".model-00002-of-00002.safetensors.part"]
 
 
+def test_put_writes_nothing_where_the_index_cannot_be_written(tmp_path: Path) -> None:
+    folder = _model(tmp_path / "model")
+    index = json.loads((folder / huggingface.INDEX).read_text())
+    (folder / huggingface.INDEX).write_text(json.dumps({**index, "metadata": {"total_size": 100.0}}))
+    (blocked := folder / f".{huggingface.INDEX}.part").mkdir()
+    before = _tensors(folder)
+    with pytest.raises(SettingError, match="cannot be written"):
+        huggingface.put(_biases(2, 3), folder)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in _tensors(folder).items())
+    blocked.rmdir()
+    huggingface.put(_biases(2, 3), folder)
+    assert json.loads((folder / huggingface.INDEX).read_text())["metadata"]["total_size"] == 100 + 2 * 8 * 2
+
+
 def _index(folder: Path, weight_map: Any) -> None:
     (folder / huggingface.INDEX).write_text(json.dumps({"weight_map": weight_map}))
 
@@ -318,9 +332,27 @@ def test_a_damaged_folder_is_one_line(tmp_path: Path, damage: str) -> None:
 
 
 def test_a_layer_with_two_biases_is_refused(tmp_path: Path) -> None:
-    folder = _model(tmp_path / "model", {"mtp.layers.1.mlp.gate.e_score_correction_bias": torch.zeros(8)})
+    folder = _model(tmp_path / "model", {"model.layers.1.mlp.router.expert_bias": torch.zeros(8)})
     with pytest.raises(SettingError, match="layer 2 has more than one bias"):
         huggingface.read(folder)
+
+
+def test_biases_of_two_stacks_are_not_taken_for_one(tmp_path: Path) -> None:
+    folder = _model(tmp_path / "model", {"mtp.layers.0.mlp.gate.e_score_correction_bias": torch.zeros(8)})
+    with pytest.raises(SettingError, match=r"several stacks, model\.layers and mtp\.layers"):
+        huggingface.read(folder)
+
+
+def test_one_file_beside_an_index_is_the_model_as_for_transformers(tmp_path: Path) -> None:
+    """What an earlier save left: shards and their index under a whole file, or an index whose shards are gone."""
+    folder = _model(tmp_path / "model")
+    whole = {f"model.layers.{i}.mlp.gate.e_score_correction_bias": torch.full((8,), float(i)) for i in (1, 2, 3)}
+    save_file(whole, folder / huggingface.ONE_FILE, {"format": "pt"})
+    assert torch.equal(huggingface.read(folder).rows[3], torch.full((8,), 2.0))
+    assert huggingface.put(_biases(2, 3), folder) == [folder / huggingface.ONE_FILE]
+    for shard in folder.glob("model-*.safetensors"):
+        shard.unlink()
+    assert torch.equal(huggingface.read(folder).rows[2], _biases(2).rows[2])
 
 
 @pytest.mark.parametrize("name", ["pytorch_model.bin", "model.pt"])
