@@ -170,8 +170,8 @@ def _one_group(found: Sequence[NamedRouter]) -> dist.ProcessGroup | None:
 
 def move_within_batch(chunk: nn.Module, group: dist.ProcessGroup | None = None) -> None:
     """Has the micro-batches of a chunk move the biases of those of its routers that are set so, over `group`."""
-    found = [module for module in chunk.modules() if isinstance(module, ALFRouter) and may_move(module)]
-    routers = list({router.load_counter: router for router in reversed(found)}.values())[::-1]  # shallow copies once
+    found = [named.router for named in named_routers([chunk])]
+    routers = [router for router in found if isinstance(router, ALFRouter) and may_move(router)]
     before = {router.within_batch for router in routers if router.within_batch is not None}
     if len(before) == 1 and (one := next(iter(before))).routers == routers and group in (None, one.group):
         return

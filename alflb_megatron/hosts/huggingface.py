@@ -11,8 +11,9 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -213,7 +214,7 @@ def save(biases: Biases, path: str | os.PathLike[str], flag: str = "path") -> Pa
     for name in ("num_layers", "score_function", "num_groups"):
         if (value := getattr(biases, name)) is not None:
             about[name] = str(value)
-    _commit({path: _part(path, tensors, about, flag)})
+    _commit({path: _part(path, partial(save_file, tensors, metadata=about), flag)})
     return path
 
 
@@ -251,8 +252,8 @@ def put(biases: Biases, folder: str | os.PathLike[str], flag: str = "folder") ->
                 if layer is not None and layer in biases.rows:
                     grown += biases.rows[layer].nbytes - tensors[name].nbytes
                     tensors[name] = biases.rows[layer].contiguous()
-            parts[file] = _part(file, tensors, about, flag)
-        if grown and not (folder / ONE_FILE).is_file() and (index := _resized_index(folder, grown, flag)):
+            parts[file] = _part(file, partial(save_file, tensors, metadata=about), flag)
+        if grown and folder / ONE_FILE not in parts and (index := _resized_index(folder, grown, flag)):
             parts[folder / INDEX] = index
     except BaseException:
         for part in parts.values():
@@ -269,21 +270,15 @@ def _resized_index(folder: Path, grown: int, flag: str) -> Path | None:
     if not isinstance(about, dict) or not isinstance(about.get("total_size"), int | float):
         return None
     about["total_size"] += grown
-    part = folder / f".{INDEX}.part"
-    try:
-        part.write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
-    except OSError as error:
-        with suppress(OSError):
-            part.unlink(missing_ok=True)
-        raise SettingError(flag, folder / INDEX, f"cannot be written ({error.strerror})") from None
-    return part
+    text = json.dumps(index, indent=2) + "\n"
+    return _part(folder / INDEX, lambda part: part.write_text(text, encoding="utf-8"), flag)
 
 
-def _part(path: Path, tensors: Mapping[str, Tensor], about: dict[str, str] | None, flag: str) -> Path:
-    """Writes the file beside `path` that is to take its place, and returns it."""
+def _part(path: Path, write: Callable[[Path], object], flag: str) -> Path:
+    """Has `write` make the file beside `path` that is to take its place, and returns it."""
     part = path.with_name(f".{path.name}.part")
     try:
-        save_file(dict(tensors), part, about)
+        write(part)
         with part.open("rb+") as file:
             os.fsync(file.fileno())
         if path.exists():

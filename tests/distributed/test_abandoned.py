@@ -379,31 +379,3 @@ def test_a_step_that_failed_on_one_rank_alone_is_found_by_the_next_check_and_hea
     first, second = ranks.run(2, _failed_on_one_rank, enabled, every)
     assert first == second
     assert first["loads"] == [512] * 7 and first["healed"] == 1
-
-
-def _given_up_unevenly(before: tuple[int, ...], given_up: int, after: tuple[int, int], failed: bool) -> list[int]:
-    """Micro-batches move the bias; ranks give a global batch up after `after` micro-batches. Loads of what follows."""
-    with _training(True, nproc=2, alf={"update_every": "micro-batch", "check_every": 0}) as trainer:
-        for micro_batches in before:
-            trainer.step(micro_batches)
-        if failed:
-            with contextlib.suppress(Failed), _failing_after_the_reduction():
-                trainer.step(3, optimizer=False)
-        with pytest.raises(Failed), _failing(trainer.runner, "_forward_step", after[torch.distributed.get_rank()]):
-            trainer.step(given_up)
-        loads = []
-        for _ in range(2):
-            trainer.step(3)
-            loads.append(trainer.loads())
-        return loads
-
-
-@pytest.mark.parametrize(
-    ("before", "given_up", "after", "failed"),
-    [((), 3, (0, 2), False), ((1,), 4, (0, 3), False), ((2, 2), 6, (1, 5), False), ((), 3, (0, 2), True)],
-    ids=["first", "ramp-up", "ramp-up-later", "after-a-finalize-that-failed"],
-)
-def test_ranks_that_give_up_at_different_micro_batches_go_on(
-    before: tuple[int, ...], given_up: int, after: tuple[int, int], failed: bool
-) -> None:
-    assert ranks.run(2, _given_up_unevenly, before, given_up, after, failed) == [[768, 768]] * 2

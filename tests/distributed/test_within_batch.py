@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -504,19 +505,27 @@ def test_the_first_global_batch_takes_the_steps_of_as_many_micro_batches_as_mega
     assert all(0 < move <= 0.01 + 1e-6 for move in moves)
 
 
-def _given_up_unevenly(after: tuple[int, int], micro_batches: int) -> list[Any]:
-    """Loads of steps after one that two data-parallel ranks gave up at other micro-batches, both going on."""
+def _given_up_unevenly(
+    before: tuple[int, ...], given_up: int, after: tuple[int, int], micro_batches: int, failed: bool = False
+) -> list[Any]:
+    """Loads of steps after one that two data-parallel ranks gave up at other micro-batches, both going on.
+
+    `before`: whole steps that went before; `failed`: and then one that failed on the first rank alone.
+    """
     from tests.distributed import test_abandoned
 
     rank = torch.distributed.get_rank()
     with test_abandoned._training(True, nproc=2, alf=MICRO) as trainer:
-        trainer.step(3)
-        trainer.step(3)
+        for whole in before:
+            trainer.step(whole)
+        if failed:
+            with contextlib.suppress(test_abandoned.Failed), test_abandoned._failing_after_the_reduction():
+                trainer.step(3, optimizer=False)
         with (
             pytest.raises(test_abandoned.Failed),
             test_abandoned._failing(trainer.runner, "_forward_step", after=after[rank]),
         ):
-            trainer.step(3)
+            trainer.step(given_up)
         found = []
         for _ in range(3):
             trainer.step(micro_batches)
@@ -529,7 +538,21 @@ def _given_up_unevenly(after: tuple[int, int], micro_batches: int) -> list[Any]:
 def test_ranks_may_give_a_batch_up_at_other_micro_batches(after: tuple[int, int], micro_batches: int) -> None:
     """None waits for the other, and each of the next batches is counted with its own."""
     right = [(256 * micro_batches, 2 + step) for step in (1, 2, 3)]
-    assert ranks.run(2, _given_up_unevenly, after, micro_batches) == [right, right]
+    assert ranks.run(2, _given_up_unevenly, (3, 3), 3, after, micro_batches) == [right, right]
+
+
+@pytest.mark.parametrize(
+    ("before", "given_up", "after", "failed"),
+    [((), 3, (0, 2), False), ((1,), 4, (0, 3), False), ((2, 2), 6, (1, 5), False), ((), 3, (0, 2), True)],
+    ids=["first", "ramp-up", "ramp-up-later", "after-a-finalize-that-failed"],
+)
+def test_also_where_no_batch_of_that_size_was_whole_before(
+    before: tuple[int, ...], given_up: int, after: tuple[int, int], failed: bool
+) -> None:
+    found = ranks.run(2, _given_up_unevenly, before, given_up, after, 3, failed)
+    for rank, steps in enumerate(found):
+        done = len(before) + (rank if failed else 0)
+        assert steps == [(768, done + step) for step in (1, 2, 3)]
 
 
 def _left_to_the_price() -> dict[str, Any]:
