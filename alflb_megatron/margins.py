@@ -162,11 +162,11 @@ def positions(sequence: int, stride: int, device: torch.device) -> Tensor:
 
 
 def sampled_loads(histogram_LEB: Tensor) -> Tensor:
-    """How many of the tokens whose margins were measured chose each expert, int64 [L, E]."""
-    return histogram_LEB[..., SIDE:].sum(-1, dtype=torch.int64)
+    """How many of the tokens whose margins were measured chose each expert, int64 [L, E], whatever bins they are in."""
+    return histogram_LEB[..., histogram_LEB.shape[-1] // 2 :].sum(-1, dtype=torch.int64)
 
 
-def move_to_load(histogram_LEB: Tensor, load_LE: Tensor) -> Tensor:
+def move_to_load(histogram_LEB: Tensor, load_LE: Tensor, edges_J: Tensor | None = None) -> Tensor:
     """By how much each expert's bias must move, alone, for its load to become `load_LE`: float32 [L, E].
 
     Exact up to the place inside one bin, where tokens are taken to lie evenly; of several moves that give the load, the
@@ -176,10 +176,12 @@ def move_to_load(histogram_LEB: Tensor, load_LE: Tensor) -> Tensor:
     Args:
         histogram_LEB: margins of one global batch, integer [L, E, B].
         load_LE: the wanted load, of the tokens whose margins these are; broadcast against [L, E].
+        edges_J: the B - 1 edges of the inner bins, float64; where none are given, those of a histogram of BINS bins.
     """
     inner_LEB = histogram_LEB[..., 1:-1]
     above_LE = histogram_LEB[..., -1]
-    edges_B = edges(histogram_LEB.device)[1:-1]
+    if edges_J is None:
+        edges_J = edges(histogram_LEB.device)[1:-1]
     # count_J[j]: how many inner margins are at or above edge j; descending in j, from all of them to none
     count_LEJ = torch.nn.functional.pad(inner_LEB.flip(-1).cumsum(-1).flip(-1), (0, 1))
     total_LE = count_LEJ[..., 0]
@@ -188,11 +190,11 @@ def move_to_load(histogram_LEB: Tensor, load_LE: Tensor) -> Tensor:
     first_LE1 = over_LEJ.sum(-1, keepdim=True)  # the first edge with no more than wanted above it
     last_LE1 = first_LE1 + met_LEJ.sum(-1, keepdim=True) - 1  # the last with just as many, where there is one
     # Between two samples: every place there gives the wanted load, and the nearest moves least.
-    between_LE1 = torch.zeros_like(wanted_LE).unsqueeze(-1).clamp(edges_B[first_LE1], edges_B[last_LE1])
+    between_LE1 = torch.zeros_like(wanted_LE).unsqueeze(-1).clamp(edges_J[first_LE1], edges_J[last_LE1])
     bin_LE1 = (first_LE1 - 1).clamp(min=0)
     upper_LE1, lower_LE1 = count_LEJ.gather(-1, bin_LE1), count_LEJ.gather(-1, bin_LE1 + 1)
     share_LE1 = (upper_LE1 - wanted_LE.unsqueeze(-1)) / (upper_LE1 - lower_LE1).clamp(min=1)
-    low_LE1, high_LE1 = edges_B[bin_LE1], edges_B[bin_LE1 + 1]
+    low_LE1, high_LE1 = edges_J[bin_LE1], edges_J[bin_LE1 + 1]
     inside_LE1 = low_LE1 + share_LE1 * (high_LE1 - low_LE1)
     margin_LE = torch.where(last_LE1 >= first_LE1, between_LE1, inside_LE1).squeeze(-1)
     return torch.where(total_LE > 0, -margin_LE, 0.0).float()

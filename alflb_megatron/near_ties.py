@@ -41,7 +41,7 @@ def _cuts(device: torch.device) -> Tensor:
 
 
 @cache
-def _edges(device: torch.device) -> Tensor:
+def edges(device: torch.device) -> Tensor:
     """The BINS - 1 edges of the inner bins, float64."""
     return margins.edges(device)[_cuts(device)][1:-1].contiguous()
 
@@ -52,19 +52,14 @@ def coarsen(histogram_LEB: Tensor) -> Tensor:
     return below.index_select(-1, _cuts(histogram_LEB.device)).diff(dim=-1)
 
 
-def loads(counts_LEC: Tensor) -> Tensor:
-    """How many of these tokens chose each expert, [L, E]."""
-    return counts_LEC[..., _MIDDLE:].sum(-1)
-
-
 def density_at_tie(counts_LEC: Tensor, share: float = 0.1) -> Tensor:
     """Margins at the tie of each expert, a unit of score, float64 [L, E].
 
     From the nearest bins around it that hold `share` of the mean load.
     """
-    load_L1 = metrics.mean_load(loads(counts_LEC))
+    load_L1 = metrics.mean_load(margins.sampled_loads(counts_LEC))
     around = (counts_LEC[..., _MIDDLE:] + counts_LEC[..., :_MIDDLE].flip(-1)).cumsum(-1)[..., :-1]
-    inner = _edges(counts_LEC.device)[_MIDDLE:]  # upper edges of the bins at and above the tie
+    inner = edges(counts_LEC.device)[_MIDDLE:]  # upper edges of the bins at and above the tie
     nearest = (around < share * load_L1.unsqueeze(-1)).sum(-1, keepdim=True).clamp(max=inner.numel() - 1)
     return (around.gather(-1, nearest) / (2 * inner[nearest])).squeeze(-1)
 
@@ -79,26 +74,23 @@ def relative_move(counts_LEC: Tensor, move_LE: Tensor) -> Tensor:
 
 def moved(counts_LEC: Tensor, by_LE: Tensor) -> Tensor:
     """The counts after every margin changed by `by_LE`; the outermost bins stay."""
-    return _resampled(counts_LEC, by_LE, _edges(counts_LEC.device))
+    return _resampled(counts_LEC, by_LE, edges(counts_LEC.device))
 
 
-def spread(counts_LEC: Tensor, by_LE: Tensor | None = None) -> Tensor:
-    """The same in the bins of `margins`, [L, E, B], for what reads those; without a change by default."""
+def spread(counts_LEC: Tensor, by_LE: Tensor) -> Tensor:
+    """The same in the bins of `margins`, [L, E, B], for what reads those."""
     return _resampled(counts_LEC, by_LE, margins.edges(counts_LEC.device)[1:-1])
 
 
-def _resampled(counts_LEC: Tensor, by_LE: Tensor | None, onto: Tensor) -> Tensor:
+def _resampled(counts_LEC: Tensor, by_LE: Tensor, onto: Tensor) -> Tensor:
     """Counts between the edges `onto` of margins changed by `by_LE`, taken to lie evenly in their bins."""
-    edges = _edges(counts_LEC.device)
+    own = edges(counts_LEC.device)
     inner = counts_LEC[..., 1:-1]
     below = torch.nn.functional.pad(inner.cumsum(-1), (1, 0)).double()  # at each edge; at the last, all; exact
-    place = (onto if by_LE is None else onto - by_LE.double().unsqueeze(-1)).clamp(edges[0], edges[-1])
-    upper = torch.searchsorted(edges, place.contiguous(), right=True).clamp(1, edges.numel() - 1)
-    low, high = edges[upper - 1], edges[upper]
-    if by_LE is None:  # one place for all experts
-        start, end = below.index_select(-1, upper - 1), below.index_select(-1, upper)
-    else:
-        start, end = below.gather(-1, upper - 1), below.gather(-1, upper)
+    place = (onto - by_LE.double().unsqueeze(-1)).clamp(own[0], own[-1])
+    upper = torch.searchsorted(own, place, right=True).clamp(1, own.numel() - 1)
+    low, high = own[upper - 1], own[upper]
+    start, end = below.gather(-1, upper - 1), below.gather(-1, upper)
     at = end.sub_(start).mul_((place - low) / (high - low)).round_().add_(start)
     at[..., 0], at[..., -1] = below[..., 0], below[..., -1]  # what would leave at an end stays in the last bin
     return torch.cat([counts_LEC[..., :1], at.diff(dim=-1).to(counts_LEC.dtype), counts_LEC[..., -1:]], dim=-1)

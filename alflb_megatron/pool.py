@@ -90,7 +90,7 @@ class Pool:
         elif self.pool_LEC is not None:
             ties_LEC = near_ties.UNIT * ties.view_as(self.pool_LEC) * sound_L1.unsqueeze(-1)
             self.pool_LEC = self.pool_LEC + ties_LEC
-            self.sampled_LE = self.sampled_LE + near_ties.loads(ties_LEC)
+            self.sampled_LE = self.sampled_LE + sampled_loads(ties_LEC)
             self.loads_LE = self.loads_LE + near_ties.UNIT * loads_LE * sound_L1
             self.seen_L1 = self.seen_L1 + sound_L1
             if not is_last:
@@ -100,7 +100,7 @@ class Pool:
 
     def _follow(self, pool_LEC: Tensor, sound_L1: Tensor) -> None:
         """Moves the batch's bias to where the pooled tokens ask for it, and the pool with it."""
-        stats = self._stats(near_ties.spread(pool_LEC))
+        stats = self._stats(pool_LEC, near_ties.edges(pool_LEC.device))
         asked = self.config.rule_knobs.share_of_move(stats, self.state)
         assert asked is not None, "a rule that is shown margins says what share of their move it takes"
         move_LE, share_L1 = asked
@@ -112,13 +112,14 @@ class Pool:
         self.pool_LEC = near_ties.moved(pool_LEC, near_ties.relative_move(pool_LEC, moved_LE - self.bias_LE))
         self.bias_LE = moved_LE
 
-    def _stats(self, histogram_LEB: Tensor) -> Stats:
+    def _stats(self, histogram_LEB: Tensor, edges_J: Tensor | None = None) -> Stats:
         """What the pool shows under some bias: loads are those of its tokens, and what all tokens had beyond them."""
         share_L1 = self.sampled_LE.sum(-1, keepdim=True) / self.loads_LE.sum(-1, keepdim=True).clamp(min=1).double()
         moved_LE = (sampled_loads(histogram_LEB) - self.sampled_LE) / share_L1.clamp(
             min=torch.finfo(torch.float64).tiny
         )
-        return Stats(self.loads_LE + moved_LE.round().to(torch.int64), self.n_L1.squeeze(1), histogram_LEB)
+        loads_LE = self.loads_LE + moved_LE.round().to(torch.int64)
+        return Stats(loads_LE, self.n_L1.squeeze(1), histogram_LEB, edges_J)
 
     def _note(self, loads_LE: Tensor, some_L: Tensor) -> None:
         vio_L = metrics.max_vio(loads_LE)

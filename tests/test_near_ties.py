@@ -27,7 +27,7 @@ def test_merging_keeps_counts_and_the_tie() -> None:
     coarse = near_ties.coarsen(histogram)
     assert coarse.shape == (1, 16, near_ties.BINS) and coarse.dtype == torch.int32
     assert torch.equal(coarse.sum(-1), histogram.sum(-1))
-    assert torch.equal(near_ties.loads(coarse), loads)
+    assert torch.equal(margins.sampled_loads(coarse), loads)
 
 
 def test_what_does_not_move_is_the_same() -> None:
@@ -45,6 +45,18 @@ def test_nothing_is_lost_however_far_a_bias_moves(experts: int, by: float, seed:
     for counts in (near_ties.moved(coarse, move), near_ties.spread(coarse, move)):
         assert torch.equal(counts.sum(-1).long(), coarse.sum(-1))
         assert bool((counts >= 0).all())
+
+
+@pytest.mark.parametrize(("experts", "topk"), [(2, 1), (8, 2), (64, 6)])
+def test_a_move_is_the_same_in_either_bins(experts: int, topk: int) -> None:
+    """Tokens lie evenly in coarse bins, and so in the fine ones that they are spread over: a load asks for one move."""
+    histogram, loads = _routed(experts, topk, 4096)
+    coarse = near_ties.UNIT * near_ties.coarsen(histogram).long()
+    wanted = near_ties.UNIT * loads.double().mean(-1, keepdim=True).expand(1, experts)
+    found = margins.move_to_load(coarse, wanted, near_ties.edges(coarse.device))
+    spread = margins.move_to_load(near_ties.spread(coarse, torch.zeros(1, experts)), wanted)
+    torch.testing.assert_close(found, spread, rtol=2e-3, atol=0)  # the fine counts are rounded to parts of a token
+    assert bool((found[loads != loads.double().mean()] != 0).all())
 
 
 def test_masked_experts_stay_out_of_reach() -> None:

@@ -46,11 +46,13 @@ class Stats:
     n: int64 [L], 1-based number of this update in each layer (the n of u/n).
     histogram: int32 [L, E, B], margins of a sample of these tokens (`margins.sample_stride`), where the rule has a
     `threshold`.
+    edges: float64 [B - 1], of its inner bins where they are not those of `margins`.
     """
 
     loads: Tensor
     n: Tensor
     histogram: Tensor | None = None
+    edges: Tensor | None = None
 
     @cached_property
     def violation(self) -> Tensor:
@@ -75,9 +77,8 @@ class Stats:
             raise ValueError("the rule asks for margins but has no `threshold`, so none were measured")
         sampled_LE = sampled_loads(self.histogram)
         share_L1 = sampled_LE.sum(-1, keepdim=True) / self.loads.sum(-1, keepdim=True).clamp(min=1).double()
-        return move_to_load(
-            self.histogram, sampled_LE + share_L1 * (metrics.mean_load(self.loads).double() - self.loads)
-        )
+        wanted_LE = sampled_LE + share_L1 * (metrics.mean_load(self.loads).double() - self.loads)
+        return move_to_load(self.histogram, wanted_LE, self.edges)
 
 
 @dataclass(frozen=True)
