@@ -56,7 +56,7 @@ ROWS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 """What is compared: settings of the job, and of the balancer."""
 OURS, YARDSTICK = "adaptive, once a micro-batch", "adaptive, once a global-batch"
 
-STEPS = {"tiny": 160}
+STEPS = {"tiny": 160, "small": 60}
 FIRST_SEED = 1001
 FLOOR_AT = (20, 40, 80, 160)
 FLOOR_BATCHES = 4
@@ -318,7 +318,9 @@ def collect(
             each = [figures_of(one) for one in runs]
             shown[row] = {name: spread([one[name] for one in each]) for name in FIGURES}
             shown[row]["floor"] = {
-                step: statistics.fmean(one["floors"][str(step)] for one in runs) for step in FLOOR_AT
+                step: statistics.fmean(one["floors"][str(step)] for one in runs)
+                for step in FLOOR_AT
+                if step <= STEPS[preset]
             }
             shown[row]["maxvio"] = [
                 round(statistics.fmean(values), 4) for values in zip(*(one["maxvio"] for one in runs), strict=True)
