@@ -239,9 +239,13 @@ On megatron-core 0.19.2, with its own quantile balancing:
 
 {section("within_batch-mcore-0.19.2", within_batch.table)}
 
-With fewer micro-batches a global batch:
+With other numbers of micro-batches a global batch:
 
 {section("within_batch-fewer", within_batch.table)}
+
+A larger model, of five MoE layers with 32 experts:
+
+{section("within_batch-small", within_batch.table)}
 
 Where the kind of text changes from one step to the next ([`data_change.py`](../benchmarks/data_change.py)), a bias fits
 once it leaves a fresh global batch at most twice its sequence floor:

@@ -103,8 +103,10 @@ def published_and_measured(rows: Rows) -> Figure:
                 measured.append(confidence_interval([row["maxvio_global"] for row in found]))
                 published.append(found[0]["published_maxvio_global"])
             else:
-                pairs = zip(found, beside, strict=True)  # the same seeds
-                measured.append(confidence_interval([100 * (a["perplexity"] / b["perplexity"] - 1) for a, b in pairs]))
+                of_seed = {row["seed"]: row["perplexity"] for row in beside}  # a sweep under way has not all of each
+                shared = [row for row in found if row["seed"] in of_seed]
+                above = [100 * (row["perplexity"] / of_seed[row["seed"]] - 1) for row in shared]
+                measured.append(confidence_interval(above or [np.nan]))
                 said = [one[0]["published_perplexity"] for one in (found, beside)]
                 published.append(np.nan if None in said else 100 * (said[0] / said[1] - 1))
         axes.plot(published, y, "D", color=COLOURS[0], label="published, full size", markersize=6)
