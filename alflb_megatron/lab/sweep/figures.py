@@ -10,7 +10,7 @@ import numpy as np
 
 from alflb_megatron.lab.display.plot_style import COLOURS, DPI, WIDTH, figure_class, log_y_axis, save_png, style_axes
 from alflb_megatron.lab.sweep.collect import confidence_interval, rows_by_group, rows_by_step_size
-from alflb_megatron.lab.sweep.tables import group_label, group_labels
+from alflb_megatron.lab.sweep.tables import group_label, group_labels, paired_by_seed
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -103,9 +103,8 @@ def published_and_measured(rows: Rows) -> Figure:
                 measured.append(confidence_interval([row["maxvio_global"] for row in found]))
                 published.append(found[0]["published_maxvio_global"])
             else:
-                of_seed = {row["seed"]: row["perplexity"] for row in beside}  # a sweep under way has not all of each
-                shared = [row for row in found if row["seed"] in of_seed]
-                above = [100 * (row["perplexity"] / of_seed[row["seed"]] - 1) for row in shared]
+                pairs = paired_by_seed(found, beside)
+                above = [100 * (a["perplexity"] / b["perplexity"] - 1) for a, b in pairs]
                 measured.append(confidence_interval(above or [np.nan]))
                 said = [one[0]["published_perplexity"] for one in (found, beside)]
                 published.append(np.nan if None in said else 100 * (said[0] / said[1] - 1))

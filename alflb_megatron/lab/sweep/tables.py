@@ -119,14 +119,19 @@ def _published(left: Rows, right: Rows, figure: str) -> float | None:
     return None if one is None or other is None else one - other
 
 
+def paired_by_seed(left: Rows, right: Rows) -> list[tuple[Mapping[str, Any], Mapping[str, Any]]]:
+    """Rows of two groups with the same seed; a sweep under way has not every seed of each."""
+    of_seed = {row["seed"]: row for row in right}
+    return [(row, of_seed[row["seed"]]) for row in left if row["seed"] in of_seed]
+
+
 def compare_pair(left: Rows, right: Rows, figure: str) -> tuple[Interval, str]:
     """The difference left - right, paired by seed, with its interval, and what it says of the published one.
 
     `holds` and `reversed` where the interval excludes zero, `not decided` where it does not or where there is one seed;
     `clear` and `not decided` where nothing was published.
     """
-    other = {row["seed"]: row[figure] for row in right}
-    difference = confidence_interval([row[figure] - other[row["seed"]] for row in left if row["seed"] in other])
+    difference = confidence_interval([a[figure] - b[figure] for a, b in paired_by_seed(left, right)])
     said = _published(left, right, figure)
     if difference.half is None or abs(difference.mean) <= difference.half:
         return difference, "not decided"
